@@ -1,0 +1,31 @@
+"""Retrofit pretrained Llamas with simplex-random-feature attention: a decoding state of constant size.
+
+Importing this package registers the retrofitted model classes with Transformers' Auto classes, and does nothing else.
+"""
+
+from __future__ import annotations
+
+from .calibration import calibrate
+from .callbacks import ResampleFeaturesCallback, resample_features
+from .modeling.attention import ablated_attention, exact_attention
+from .modeling.cache import state_bytes
+from .modeling.configuration import SRFConfig
+from .modeling.standalone import Attention
+from .surgery import RetrofitPlan, plan_retrofit, retrofit, revert
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "ResampleFeaturesCallback",
+    "RetrofitPlan",
+    "SRFConfig",
+    "ablated_attention",
+    "calibrate",
+    "exact_attention",
+    "plan_retrofit",
+    "resample_features",
+    "retrofit",
+    "revert",
+    "state_bytes",
+]

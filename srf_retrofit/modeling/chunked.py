@@ -1,0 +1,394 @@
+"""Causal attention with exact keys and random features in one normaliser: chunked, O(L) in time and memory.
+
+The sequence is walked in segments of whole blocks. Inside a segment everything is parallel over blocks; between
+segments only the `SRFState` is carried, and the backward pass recomputes each segment from it, so that nothing of
+size `L x L` or `L x M` outlives a segment.
+
+A tail that is summed up in `S_r = sum_j e^{b_jr} v_j` and `z_r = sum_j e^{b_jr}` enters a query's softmax as `M`
+further keys, with logits `a_ir + log z_r` and values `S_r / z_r`; so one softmax over
+`[sinks | window | retained | features]` is the whole of the attention. Shapes are as in `feature_map.py`, with `N`
+blocks of `w` positions in a segment and `T = N w`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .configuration import SRFConfig
+from .feature_map import LinearFeatures, log_features
+from .state import SRFState
+
+# Stands for log 0 where a difference of two of them must not be NaN.
+LOG_ZERO = -1e30
+# Block length of the pure form: the keys of a query's own block meet it feature by feature, at a cost linear in this.
+PURE_BLOCK = 16
+
+
+class FoldedMap(NamedTuple):
+    """Both sides of a feature map, folded; see `feature_map.fold_feature_map`."""
+
+    query: LinearFeatures
+    key: LinearFeatures
+
+
+class FeatureSums(NamedTuple):
+    """Feature sums at block boundaries: true values are `sums * exp(reference)`."""
+
+    values: torch.Tensor  # (B, G, N + 1, M, D), S
+    mass: torch.Tensor  # (B, G, N + 1, M), z, at least 1 once a key has been folded
+    reference: torch.Tensor  # (B, G, N + 1, M), running maximum of the log-features, LOG_ZERO before the first key
+
+
+def block_length(config: SRFConfig) -> int:
+    """Positions per block of the chunked form: the window, or a fixed length in the pure form."""
+    return config.window or PURE_BLOCK
+
+
+def accumulate_features(
+    log_key: torch.Tensor, value: torch.Tensor, initial: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> FeatureSums:
+    """Running feature sums over blocks of folded keys, each referenced to maxima of keys already folded.
+
+    Parameters
+    ----------
+    log_key : (B, G, N, E, M)
+        Log-features of the keys folded at each of the `N` boundaries, `-inf` where there is none.
+    value : (B, G, N, E, D)
+    initial : S (B, G, M, D), z (B, G, M), reference (B, G, M)
+        Sums before the first boundary.
+
+    Returns
+    -------
+    FeatureSums
+        Entry 0 is `initial`, entry `n` the sums after `n` boundaries.
+    """
+    s0, z0, mu0 = initial
+    highest = log_key.detach().amax(-2)  # (B, G, N, M)
+    # The references cancel between numerator and denominator, so they carry no gradient.
+    reference = torch.cat([mu0.detach().clamp_min(LOG_ZERO).unsqueeze(2), highest], 2).cummax(2).values
+    feature = torch.exp(log_key - reference[:, :, 1:].unsqueeze(-2))  # <= 1, an underflow is a true negligible
+    added = torch.cat([torch.matmul(feature.mT, value), feature.sum(-2).unsqueeze(-1)], -1)  # (B, G, N, M, D + 1)
+    source = torch.cat([torch.cat([s0, z0.unsqueeze(-1)], -1).unsqueeze(2), added], 2)
+    # decay[n, p] carries what was added at boundary p to boundary n >= p; every exponent is <= 0.
+    exponent = reference.transpose(2, 3)  # (B, G, M, N + 1)
+    exponent = exponent.unsqueeze(-2) - exponent.unsqueeze(-1)  # [n, p] = mu_p - mu_n
+    count = exponent.shape[-1]
+    later = torch.ones(count, count, dtype=torch.bool, device=value.device).triu(1)
+    decay = exponent.masked_fill_(later, float("-inf")).exp_()
+    sums = torch.matmul(decay, source.transpose(2, 3)).transpose(2, 3)  # (B, G, N + 1, M, D + 1)
+    return FeatureSums(sums[..., :-1], sums[..., -1], reference)
+
+
+def feature_keys(sums_value: torch.Tensor, mass: torch.Tensor, reference: torch.Tensor):
+    """Feature sums as pseudo-keys: their log-mass `mu + log z` and their mean values `S / z`.
+
+    The mass of a feature is at least 1 (its largest key counts 1) or 0 before the first key; the clamp only keeps
+    the latter finite.
+    """
+    mass = mass.clamp_min(0.5)
+    return reference + mass.log(), sums_value / mass.unsqueeze(-1)
+
+
+def rank_and_evict(
+    retained_priority: torch.Tensor, candidate_priority: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The running competition for the retained slots, block by block; serial, on indices only.
+
+    At each boundary the `w` keys that leave the window compete with the `h` retained ones; the highest priorities
+    stay, the earliest key first among equals. Free slots and keys that may not compete have priority `-inf`.
+
+    Parameters
+    ----------
+    retained_priority : (B, G, h)
+    candidate_priority : (B, G, N, w)
+
+    Returns
+    -------
+    kept, kept_priority : (B, G, N + 1, h)
+        Slots after each boundary (entry 0: before any), as indices into `[h retained | N w candidates]`, in order
+        of position.
+    evicted, evicted_priority : (B, G, N, w)
+        Keys folded at each boundary; priority `-inf` marks those that are none.
+    """
+    b, g, n, w = candidate_priority.shape
+    h = retained_priority.shape[-1]
+    device = candidate_priority.device
+    arrivals = (h + torch.arange(n * w, device=device)).view(1, 1, n, w).expand(b, g, n, w)
+    slots = torch.arange(h, device=device).expand(b, g, h)
+    priority = retained_priority
+    kept, kept_priority, evicted, evicted_priority = [slots], [priority], [], []
+    for i in range(n):
+        pool = torch.cat([slots, arrivals[:, :, i]], -1)
+        pool_priority = torch.cat([priority, candidate_priority[:, :, i]], -1)
+        order = pool_priority.sort(dim=-1, descending=True, stable=True).indices
+        stay, leave = order[..., :h].sort(-1).values, order[..., h:].sort(-1).values
+        slots, priority = pool.gather(-1, stay), pool_priority.gather(-1, stay)
+        kept.append(slots)
+        kept_priority.append(priority)
+        evicted.append(pool.gather(-1, leave))
+        evicted_priority.append(pool_priority.gather(-1, leave))
+    return (
+        torch.stack(kept, 2),
+        torch.stack(kept_priority, 2),
+        torch.stack(evicted, 2),
+        torch.stack(evicted_priority, 2),
+    )
+
+
+def take_keys(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`source` (B, G, K, D) at `index` (B, G, ...), as (B, G, ..., D)."""
+    b, g, count, d = source.shape
+    base = torch.arange(b * g, device=index.device).view(b, g, *[1] * (index.dim() - 2)) * count
+    return source.reshape(-1, d).index_select(0, (index + base).reshape(-1)).view(*index.shape, d)
+
+
+class Grid(NamedTuple):
+    """Where the slots of a segment stand in their sequences."""
+
+    position: torch.Tensor  # (B, N, w) position of each slot in its own sequence
+    is_new: torch.Tensor  # (B, N, w) slots that hold tokens of this call
+    boundary: torch.Tensor  # (B,) block the next token will stand in, as an index into 0..N
+
+
+def place_on_grid(state: SRFState, new_tokens: torch.Tensor, num_blocks: int, config: SRFConfig) -> Grid:
+    """Lay `new_tokens` (B,) further tokens per row after what `state` has seen; blocks start at multiples of `w`."""
+    w = block_length(config)
+    phase = state.length % config.window if config.window else torch.zeros_like(state.length)
+    slot = torch.arange(num_blocks * w, device=new_tokens.device)
+    position = (state.length - phase).unsqueeze(-1) + slot
+    end = phase + new_tokens
+    is_new = (slot >= phase.unsqueeze(-1)) & (slot < end.unsqueeze(-1))
+    shape = (-1, num_blocks, w)
+    return Grid(position.view(shape), is_new.view(shape), end // w)
+
+
+def local_priorities(
+    probability: torch.Tensor, grid: Grid, state: SRFState, config: SRFConfig
+) -> torch.Tensor:
+    """Largest attention probability that each key received so far inside sinks and window.
+
+    Parameters
+    ----------
+    probability : (B, G, N, R, w, 2w)
+        Of each query over its previous and its own block, normalised over sinks and window.
+    grid : Grid
+        Only new tokens' queries count, and only keys that are not sinks are ranked.
+
+    Returns
+    -------
+    (B, G, N + 1, w)
+        For the block before the segment and each of its blocks.
+    """
+    w = config.window
+    offset = torch.arange(w, device=probability.device)
+    distance = (w + offset).unsqueeze(-1) - torch.arange(2 * w, device=probability.device)
+    ranked = torch.cat([grid.position - w, grid.position], -1) >= config.sinks
+    counts = (distance > min(config.retention_delay, w // 2)) & grid.is_new.unsqueeze(-1) & ranked.unsqueeze(-2)
+    received = probability.masked_fill(~counts[:, None, :, None], float("-inf")).amax((3, 4))  # (B, G, N, 2w)
+    priority = torch.full_like(torch.cat([received[..., :w], received[:, :, :1, :w]], 2), float("-inf"))
+    priority[:, :, :2] = state.window_priority.unflatten(-1, (2, w))  # the block before, and the one under way
+    priority[:, :, 1:] = torch.maximum(priority[:, :, 1:], received[..., w:])
+    priority[:, :, :-1] = torch.maximum(priority[:, :, :-1], received[..., :w])
+    return priority
+
+
+def attend_segment(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    new_tokens: torch.Tensor,
+    state: SRFState,
+    maps: FoldedMap,
+    config: SRFConfig,
+    scaling: float,
+    *,
+    use_tail: bool = True,
+    continues: bool = True,
+) -> tuple[torch.Tensor, SRFState]:
+    """One segment: attention of its tokens, and the state after them.
+
+    Parameters
+    ----------
+    q : (B, H, T, D); k, v : (B, G, T, D)
+        Token `t` of a row stands at slot `length % w + t`; the slots before hold anything finite.
+    new_tokens : (B,) int64
+        Tokens per row; slots after them hold anything finite.
+    state : SRFState
+        Before the segment, feature part in the accumulation dtype.
+    maps, config, scaling
+        As in `ops.srf_attention`.
+    use_tail : bool
+        False leaves the features out of the softmax (an ablation); the state is the same.
+    continues : bool
+        False promises that no row's state stands inside a block, which saves a copy.
+
+    Returns
+    -------
+    o : (B, H, T, D) in the accumulation dtype, meaningful at the new tokens' slots
+    state : SRFState
+    """
+    w, s, h = block_length(config), config.sinks, config.retained
+    pure = config.is_pure
+    b, heads, t, d = q.shape
+    g, n = k.shape[1], t // w
+    r = heads // g
+    dtype = state.k_sum.dtype
+    grid = place_on_grid(state, new_tokens, n, config)
+
+    qb = q.to(dtype).view(b, g, r, n, w, d).transpose(2, 3).reshape(b, g, n, r * w, d)
+    kb, vb = k.view(b, g, n, w, d), v.view(b, g, n, w, d)
+    if continues and not pure:
+        # A block that an earlier call began: its first slots come from the state.
+        seen = grid.position[:, :1] < state.length.view(-1, 1, 1)
+        seen = seen[:, None, ..., None]
+        kb, vb = (
+            torch.cat([torch.where(seen, window[:, :, None, w:], x[:, :, :1]), x[:, :, 1:]], 2)
+            for x, window in ((kb, state.window_key), (vb, state.window_value))
+        )
+    state = _store_sinks(state, kb, vb, grid, config)
+    kf, vf = kb.to(dtype), vb.to(dtype)
+
+    # Logits of the sinks and of the query's own and previous block.
+    logits, values = [], []
+    if s:
+        sinks = torch.matmul(qb, state.sink_key.to(dtype).mT.unsqueeze(2)) * scaling
+        visible = torch.arange(s, device=q.device) <= grid.position.unsqueeze(-1)  # (B, N, w, s)
+        logits.append(_mask(sinks, visible, r))
+        values.append(state.sink_value.to(dtype).unsqueeze(2).expand(b, g, n, s, d))
+    offset = torch.arange(w, device=q.device)
+    is_tail_key = grid.position >= s  # sinks never enter window or features
+    log_query = log_features(qb, maps.query, scaling)  # (B, G, N, R w, M)
+    if pure:
+        log_key = log_features(kf, maps.key, scaling)
+        local = _feature_logits(log_query.view(b, g, n, r, w, -1), log_key).flatten(3, 4)
+        visible = (offset <= offset.unsqueeze(-1)) & is_tail_key.unsqueeze(-2)
+        logits.append(_mask(local, visible, r))
+        values.append(vf)
+    else:
+        before_k = torch.cat([state.window_key[:, :, None, :w].to(dtype), kf[:, :, :-1]], 2)
+        before_v = torch.cat([state.window_value[:, :, None, :w].to(dtype), vf[:, :, :-1]], 2)
+        local = torch.matmul(qb, torch.cat([before_k, kf], 3).mT) * scaling
+        two_blocks = torch.cat([grid.position - w, grid.position], -1)  # (B, N, 2w)
+        visible = (torch.arange(2 * w, device=q.device) <= w + offset.unsqueeze(-1)) & (two_blocks >= s).unsqueeze(-2)
+        logits.append(_mask(local, visible, r))
+        values.append(torch.cat([before_v, vf], 3))
+
+    # Keys that leave the window at each boundary: folded into the features, or kept in a retained slot.
+    slots = None
+    if pure:
+        folded_v = vf
+        may_fold = is_tail_key & grid.is_new
+        log_key = log_key.masked_fill(~may_fold[:, None, ..., None], float("-inf"))
+    else:
+        folded_k, folded_v = before_k, before_v
+        may_fold = (grid.position - w >= s)[:, None].expand(b, g, n, w)
+        if h:
+            with torch.no_grad():
+                exact = torch.cat(logits, -1)
+                lse = exact.logsumexp(-1, keepdim=True)
+                probability = torch.exp(exact[..., s:] - lse).view(b, g, n, r, w, 2 * w)
+                priority = local_priorities(probability, grid, state, config)
+                candidates = priority[:, :, :-1].masked_fill(~may_fold, float("-inf"))
+                slots, slot_priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates)
+                may_fold = evicted_priority > float("-inf")
+            pool_k = torch.cat([state.retained_key.to(dtype), before_k.flatten(2, 3)], 2)
+            pool_v = torch.cat([state.retained_value.to(dtype), before_v.flatten(2, 3)], 2)
+            folded_k, folded_v = take_keys(pool_k, evicted), take_keys(pool_v, evicted)
+            retained = torch.matmul(qb, take_keys(pool_k, slots[:, :, :n]).mT) * scaling
+            logits.append(retained.masked_fill(slot_priority[:, :, :n, None] == float("-inf"), float("-inf")))
+            values.append(take_keys(pool_v, slots[:, :, :n]))
+        log_key = log_features(folded_k, maps.key, scaling).masked_fill(~may_fold.unsqueeze(-1), float("-inf"))
+
+    mass = state.k_sum
+    sums = accumulate_features(
+        log_key, folded_v, (state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max)
+    )
+    if use_tail:
+        log_mass, mean_value = feature_keys(sums.values[:, :, :n], sums.mass[:, :, :n], sums.reference[:, :, :n])
+        logits.append(log_query + log_mass.unsqueeze(-2))
+        values.append(mean_value)
+    else:
+        # Keeps rows with no key at all (padding) finite, as the features do.
+        logits.append(log_query.new_full((b, g, n, r * w, 1), LOG_ZERO))
+        values.append(vf.new_zeros(b, g, n, 1, d))
+    o = torch.matmul(torch.cat(logits, -1).softmax(-1), torch.cat(values, 3))
+    o = o.view(b, g, n, r, w, d).transpose(2, 3).reshape(b, heads, t, d)
+
+    # The state at each row's own end.
+    rows = torch.arange(b, device=q.device)
+    boundary = torch.full_like(grid.boundary, n) if pure else grid.boundary
+    final_mass = sums.mass[rows, :, boundary]
+    reference = sums.reference[rows, :, boundary]
+    new = state._replace(
+        kv_mean=sums.values[rows, :, boundary] / final_mass.clamp_min(0.5).unsqueeze(-1),
+        k_sum=final_mass,
+        k_max=reference.masked_fill(reference <= LOG_ZERO, float("-inf")),
+        length=state.length + new_tokens,
+    )
+    if not pure:
+        new = _store_window(new, state, kb, vb, boundary)
+    if slots is not None:
+        final = slots[rows, :, boundary]
+        new = new._replace(
+            window_priority=_two_blocks(priority, boundary, float("-inf")),
+            retained_priority=slot_priority[rows, :, boundary],
+            retained_key=take_keys(pool_k, final).to(k.dtype),
+            retained_value=take_keys(pool_v, final).to(v.dtype),
+        )
+    return o, new
+
+
+def _mask(logits: torch.Tensor, visible: torch.Tensor, groups: int) -> torch.Tensor:
+    """`logits` (B, G, N, R w, E) with `-inf` outside `visible` (B or 1, N or 1, w, E), the same for all heads."""
+    shape = logits.shape
+    hidden = ~visible.expand(shape[0], shape[2], -1, -1)[:, None, :, None]
+    return logits.unflatten(3, (groups, -1)).masked_fill(hidden, float("-inf")).flatten(3, 4)
+
+
+def _feature_logits(log_query: torch.Tensor, log_key: torch.Tensor) -> torch.Tensor:
+    """`log sum_r e^{a_ir + b_jr}` inside blocks: (B, G, N, R, w, M), (B, G, N, w, M) -> (B, G, N, R, w, w).
+
+    Elementwise, because no reference shared by several queries is a maximum over the keys visible to each of them.
+    """
+    return (log_query.unsqueeze(-2) + log_key[:, :, :, None, None]).logsumexp(-1)
+
+
+def _store_sinks(state: SRFState, kb: torch.Tensor, vb: torch.Tensor, grid: Grid, config: SRFConfig) -> SRFState:
+    """Copy the new tokens at positions below `sinks` into their slots."""
+    s = config.sinks
+    if not s:
+        return state
+    b, g = kb.shape[:2]
+    target = torch.arange(s, device=kb.device)
+    slot = target - grid.position[:, 0, :1]  # (B, s)
+    total = kb.shape[2] * kb.shape[3]
+    inside = slot.clamp(0, total - 1)
+    arrives = (slot >= 0) & (slot < total) & grid.is_new.flatten(1).gather(1, inside)
+    index = inside[:, None].expand(b, g, s)
+    arrives = arrives[:, None, :, None]
+    return state._replace(
+        sink_key=torch.where(arrives, take_keys(kb.flatten(2, 3), index), state.sink_key),
+        sink_value=torch.where(arrives, take_keys(vb.flatten(2, 3), index), state.sink_value),
+    )
+
+
+def _two_blocks(blocks: torch.Tensor, boundary: torch.Tensor, empty: float) -> torch.Tensor:
+    """The block before each row's boundary and the one after it: (B, G, N + 1, w, ...) -> (B, G, 2w, ...)."""
+    rows = torch.arange(len(boundary), device=boundary.device)
+    blocks = torch.cat([blocks, torch.full_like(blocks[:, :, :1], empty)], 2)
+    return torch.cat([blocks[rows, :, boundary], blocks[rows, :, boundary + 1]], 2)
+
+
+def _store_window(new: SRFState, old: SRFState, kb: torch.Tensor, vb: torch.Tensor, boundary: torch.Tensor) -> SRFState:
+    """Previous and current block of each row; slots not yet in use are zero."""
+    w = kb.shape[3]
+    used = torch.arange(2 * w, device=kb.device) < (w + new.length % w).unsqueeze(-1)
+    used = used[:, None, :, None]
+    windows = (
+        _two_blocks(torch.cat([window[:, :, None, :w], blocks], 2), boundary, 0.0)
+        for blocks, window in ((kb, old.window_key), (vb, old.window_value))
+    )
+    key, value = (torch.where(used, x, torch.zeros_like(x)) for x in windows)
+    return new._replace(window_key=key, window_value=value)

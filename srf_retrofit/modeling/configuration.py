@@ -1,0 +1,135 @@
+"""What a simplex-random-feature attention layer is: its sizes, its draw, and where it stands in a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+PROJECTIONS = ("simplex", "orthogonal", "iid")
+STATE_DTYPES = ("float32", "float16", "bfloat16")
+CONFIG_VERSION = 1
+
+_SIZES = {"num_features": 1, "window": 0, "sinks": 0, "retained": 0, "retention_delay": 0, "seed": 0}
+
+
+@dataclass(frozen=True)
+class SRFConfig:
+    """Hyper-parameters of the attention that replaces softmax attention.
+
+    The exact part of the attention is made of the first `sinks` positions, the block of `window` positions that
+    the query stands in, the block before it, and `retained` keys chosen by priority; everything else is estimated
+    by `num_features` positive random features. `window = sinks = retained = 0` is the pure linear form.
+
+    Parameters
+    ----------
+    num_features : int
+        Random features per key/value head, `M >= 1`; may be above or below the head dimension.
+    window : int
+        Positions per exact block, `>= 0`.
+    sinks : int
+        Leading positions that stay exact for ever, `>= 0`.
+    retained : int
+        Slots for keys that are kept exact after they left the window, `>= 0`; needs `window >= 1`.
+    retention_delay : int
+        A key's priority counts queries more than `min(retention_delay, window // 2)` positions later.
+    projection : {"simplex", "orthogonal", "iid"}
+        Coupling of the rows of the projection (2301.13856, 2009.14794).
+    state_dtype : {"float32", "float16", "bfloat16"}
+        Storage type of the running feature values between folds; sums and maxima stay in float32.
+    seed : int
+        Seed of the draw; together with the step and the layer index it fixes every projection, `>= 0`.
+    layers : tuple of int, optional
+        Indices of the layers that carry this attention; `None` means all of them.
+    version : int
+        Version of this format. Reading a newer one is refused.
+
+    Raises
+    ------
+    ValueError
+        When a value is outside its range; the message names the field, the value and what would be accepted.
+    """
+
+    num_features: int = 64
+    window: int = 32
+    sinks: int = 4
+    retained: int = 64
+    retention_delay: int = 8
+    projection: str = "simplex"
+    state_dtype: str = "float32"
+    seed: int = 0
+    layers: tuple[int, ...] | None = None
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        if isinstance(self.version, bool) or not isinstance(self.version, int) or self.version < 1:
+            raise ValueError(f"version must be a positive integer, got {self.version!r}")
+        if self.version > CONFIG_VERSION:
+            raise ValueError(
+                f"this SRF configuration has version {self.version}, but this release of srf_retrofit reads up to "
+                f"version {CONFIG_VERSION}: install a newer srf_retrofit"
+            )
+        for name, least in _SIZES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if self.retained and not self.window:
+            raise ValueError(
+                f"retained={self.retained} needs window >= 1: keys are ranked by the attention they receive inside "
+                "the window; set window, or retained=0 for the pure form"
+            )
+        for name, choices in (("projection", PROJECTIONS), ("state_dtype", STATE_DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.layers is not None:
+            layers = tuple(self.layers)
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
+                raise ValueError(f"layers must be non-negative integers, got {layers!r}")
+            if not layers:
+                raise ValueError("layers is empty: name at least one layer, or None for all of them")
+            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether no exact block is kept, so that the state is O(M D) alone."""
+        return self.window == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary of JSON types; `SRFConfig.from_dict` reads it back to an equal configuration."""
+        out = dataclasses.asdict(self)
+        out["layers"] = None if self.layers is None else list(self.layers)
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SRFConfig:
+        """Read a dictionary written by `to_dict`; missing fields take their defaults.
+
+        Raises
+        ------
+        ValueError
+            For unknown fields, values out of range, or a version this release does not know.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"an SRF configuration must be a mapping, got {type(data).__name__}")
+        data = dict(data)
+        # The version is judged first: a newer format may have fields this release has never heard of.
+        version = data.get("version", CONFIG_VERSION)
+        if isinstance(version, int) and version > CONFIG_VERSION:
+            cls(version=version)
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"unknown SRF configuration field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        if isinstance(data.get("layers"), list):
+            data["layers"] = tuple(data["layers"])
+        return cls(**data)
+
+    def replace(self, **changes: Any) -> SRFConfig:
+        """A validated copy with `changes` applied."""
+        return dataclasses.replace(self, **changes)
+
+    def is_retrofitted(self, layer_idx: int) -> bool:
+        """Whether the layer with this index carries the attention described here."""
+        return self.layers is None or layer_idx in self.layers

@@ -1,0 +1,169 @@
+"""The one-token step on the recurrent state: what decoding runs, at a cost that no context length changes.
+
+Same attention as `chunked.py`, token by token: the new key enters the current block, the query meets sinks, retained
+keys, both blocks and the features in one softmax, and once a row's block is full the block before it is folded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .chunked import LOG_ZERO, FoldedMap, accumulate_features, feature_keys, rank_and_evict, take_keys
+from .configuration import SRFConfig
+from .feature_map import log_features
+from .state import SRFState
+
+
+def attend_token(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    active: torch.Tensor | None,
+    state: SRFState,
+    maps: FoldedMap,
+    config: SRFConfig,
+    scaling: float,
+    *,
+    use_tail: bool = True,
+) -> tuple[torch.Tensor, SRFState]:
+    """Attention of one token per row, and the state after it.
+
+    Parameters
+    ----------
+    q : (B, H, 1, D); k, v : (B, G, 1, D)
+    active : (B,) bool, optional
+        Rows whose token is real; the others' output is meaningless and their state unchanged. `None`: all.
+    state, maps, config, scaling, use_tail
+        As in `chunked.attend_segment`.
+
+    Returns
+    -------
+    o : (B, H, 1, D) in the accumulation dtype
+    state : SRFState
+        Tensors that the step leaves alone are those of the input.
+    """
+    w, s, h = config.window, config.sinks, config.retained
+    b, heads, _, d = q.shape
+    g = k.shape[1]
+    dtype = state.k_sum.dtype
+    position = state.length
+    if active is None:
+        active = torch.ones_like(position, dtype=torch.bool)
+    qh = q.view(b, g, heads // g, d).to(dtype)
+    is_sink = active & (position < s)
+
+    logits, values = [], []
+    if s:
+        here = (torch.arange(s, device=q.device) == position.unsqueeze(-1)) & is_sink.unsqueeze(-1)
+        state = _write(state, "sink_key", here, k)
+        state = _write(state, "sink_value", here, v)
+        sinks = torch.matmul(qh, state.sink_key.to(dtype).mT) * scaling
+        visible = torch.arange(s, device=q.device) <= position.unsqueeze(-1)
+        logits.append(sinks.masked_fill(~visible[:, None, None], float("-inf")))
+        values.append(state.sink_value.to(dtype))
+    if w:
+        phase = position % w
+        slot = torch.arange(2 * w, device=q.device)
+        here = (slot == (w + phase).unsqueeze(-1)) & active.unsqueeze(-1)
+        state = _write(state, "window_key", here, k)
+        state = _write(state, "window_value", here, v)
+        in_window = (position - phase - w).unsqueeze(-1) + slot  # position of each slot
+        visible = (in_window >= s) & (in_window <= position.unsqueeze(-1))
+        window = torch.matmul(qh, state.window_key.to(dtype).mT) * scaling
+        logits.append(window.masked_fill(~visible[:, None, None], float("-inf")))
+        values.append(state.window_value.to(dtype))
+    if h:
+        with torch.no_grad():
+            exact = torch.cat(logits, -1)
+            lse = exact.logsumexp(-1, keepdim=True)
+            received = torch.exp(exact[..., s:] - lse).amax(2)  # (B, G, 2w)
+            counts = visible & (position.unsqueeze(-1) - in_window > min(config.retention_delay, w // 2))
+            counts = counts & active.unsqueeze(-1)
+            received = received.masked_fill(~counts.unsqueeze(1), float("-inf"))
+            state = state._replace(window_priority=torch.maximum(state.window_priority, received))
+        retained = torch.matmul(qh, state.retained_key.to(dtype).mT) * scaling
+        logits.append(retained.masked_fill(state.retained_priority.unsqueeze(2) == float("-inf"), float("-inf")))
+        values.append(state.retained_value.to(dtype))
+    if not w:
+        # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
+        state = _fold(state, k, v, (active & ~is_sink)[:, None, None].expand(b, g, 1), maps, config, scaling)
+    if use_tail:
+        mass = state.k_sum
+        log_mass, mean_value = feature_keys(
+            state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max.clamp_min(LOG_ZERO)
+        )
+        logits.append(log_features(qh, maps.query, scaling) + log_mass.unsqueeze(-2))
+        values.append(mean_value)
+    else:
+        logits.append(qh.new_full((b, g, heads // g, 1), LOG_ZERO))
+        values.append(qh.new_zeros(b, g, 1, d))
+    o = torch.matmul(torch.cat(logits, -1).softmax(-1), torch.cat(values, 2)).view(b, heads, 1, d)
+
+    state = state._replace(length=position + active)
+    if w:
+        full = active & (phase == w - 1)
+        # Once a block, so off the hot path; a compiled graph takes it always, under the same row mask.
+        if torch.compiler.is_compiling() or bool(full.any()):
+            state = _finish_block(state, full, maps, config, scaling)
+    return o, state
+
+
+def _write(state: SRFState, name: str, here: torch.Tensor, x: torch.Tensor) -> SRFState:
+    """`x` (B, G, 1, D) into the slots `here` (B, E) of the state's tensor `name` (B, G, E, D)."""
+    return state._replace(**{name: torch.where(here[:, None, :, None], x, getattr(state, name))})
+
+
+def _fold(
+    state: SRFState,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    which: torch.Tensor,
+    maps: FoldedMap,
+    config: SRFConfig,
+    scaling: float,
+) -> SRFState:
+    """Add the keys `k`, `v` (B, G, E, D) marked in `which` (B, G, E) to the feature sums."""
+    dtype = state.k_sum.dtype
+    log_key = log_features(k.to(dtype), maps.key, scaling).masked_fill(~which.unsqueeze(-1), float("-inf"))
+    mass = state.k_sum
+    initial = (state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max)
+    sums = accumulate_features(log_key.unsqueeze(2), v.to(dtype).unsqueeze(2), initial)
+    mass, reference = sums.mass[:, :, 1], sums.reference[:, :, 1]
+    return state._replace(
+        kv_mean=(sums.values[:, :, 1] / mass.clamp_min(0.5).unsqueeze(-1)).to(state.kv_mean.dtype),
+        k_sum=mass,
+        k_max=reference.masked_fill(reference <= LOG_ZERO, float("-inf")),
+    )
+
+
+def _finish_block(
+    state: SRFState, full: torch.Tensor, maps: FoldedMap, config: SRFConfig, scaling: float
+) -> SRFState:
+    """For the rows `full` (B,): the previous block leaves the window, the current one takes its place."""
+    w, h = config.window, config.retained
+    b, g = state.window_key.shape[:2]
+    old_k, old_v = state.window_key[:, :, :w], state.window_value[:, :, :w]
+    first = state.length - 2 * w  # position of the first slot of the block that leaves
+    position = first.unsqueeze(-1) + torch.arange(w, device=full.device)
+    leaves = ((position >= config.sinks) & full.unsqueeze(-1))[:, None].expand(b, g, w)
+    if h:
+        candidates = state.window_priority[:, :, :w].masked_fill(~leaves, float("-inf"))
+        kept, priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates.unsqueeze(2))
+        pool_k, pool_v = torch.cat([state.retained_key, old_k], 2), torch.cat([state.retained_value, old_v], 2)
+        old_k, old_v = take_keys(pool_k, evicted[:, :, 0]), take_keys(pool_v, evicted[:, :, 0])
+        leaves = (evicted_priority[:, :, 0] > float("-inf")) & full[:, None, None]
+        kept, priority = kept[:, :, 1], priority[:, :, 1]
+        # Rows in mid-block offered no candidate, so their slots come back as they were.
+        state = state._replace(
+            retained_key=take_keys(pool_k, kept), retained_value=take_keys(pool_v, kept), retained_priority=priority
+        )
+    state = _fold(state, old_k, old_v, leaves, maps, config, scaling)
+
+    def shift(x: torch.Tensor, empty: float) -> torch.Tensor:
+        moved = torch.cat([x[:, :, w:], torch.full_like(x[:, :, w:], empty)], 2)
+        return torch.where(full.view(b, *[1] * (x.dim() - 1)), moved, x)
+
+    state = state._replace(window_key=shift(state.window_key, 0.0), window_value=shift(state.window_value, 0.0))
+    if h:
+        state = state._replace(window_priority=shift(state.window_priority, float("-inf")))
+    return state

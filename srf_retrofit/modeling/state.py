@@ -1,0 +1,89 @@
+"""The recurrent state of one layer: everything that decoding needs to remember, at any length the same size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .configuration import SRFConfig
+
+
+class SRFState(NamedTuple):
+    """A flat set of batch-first tensors of fixed shape and dtype (`S, z, mu` of estimator notation, and exact keys).
+
+    The feature part is kept as `M` weighted mean values: `kv_mean = S / z`, a convex combination of values, so that
+    it neither overflows nor underflows in half precision; `S = kv_mean * k_sum[..., None]`, and the true mass of
+    feature `r` is `k_sum[r] * exp(k_max[r])`. Slots not in use hold zeros (priorities `-inf`, `k_max` `-inf`).
+
+    `window_*[..., :w, :]` is the previous block, `window_*[..., w:, :]` the current, unfinished one; `length` counts
+    the tokens seen, so `length % w` slots of the current block are in use. The state is always ready for its next
+    token: a block that has left the window is folded as soon as the last token of the block after it is in.
+    """
+
+    kv_mean: torch.Tensor  # (B, G, M, D) state dtype
+    k_sum: torch.Tensor  # (B, G, M) float32
+    k_max: torch.Tensor  # (B, G, M) float32
+    window_key: torch.Tensor  # (B, G, 2w, D) model dtype
+    window_value: torch.Tensor  # (B, G, 2w, D)
+    window_priority: torch.Tensor  # (B, G, 2w) float32; empty when nothing is retained
+    sink_key: torch.Tensor  # (B, G, s, D)
+    sink_value: torch.Tensor  # (B, G, s, D)
+    retained_key: torch.Tensor  # (B, G, h, D)
+    retained_value: torch.Tensor  # (B, G, h, D)
+    retained_priority: torch.Tensor  # (B, G, h) float32, in order of position, free slots first
+    length: torch.Tensor  # (B,) int64
+
+    @classmethod
+    def empty(
+        cls,
+        config: SRFConfig,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> SRFState:
+        """State before the first token, for keys and values of `dtype`."""
+        b, g, d, m = batch_size, num_kv_heads, head_dim, config.num_features
+        w, s, h = config.window, config.sinks, config.retained
+        # float64 inputs (the oracles') keep float64 sums; everything else accumulates in float32.
+        accumulator = torch.promote_types(dtype, torch.float32)
+        half = getattr(torch, config.state_dtype)
+        stored = accumulator if half == torch.float32 else half
+
+        def exact(count: int) -> torch.Tensor:
+            return torch.zeros(b, g, count, d, dtype=dtype, device=device)
+
+        def filled(value: float, *shape: int) -> torch.Tensor:
+            return torch.full((b, g, *shape), value, dtype=accumulator, device=device)
+
+        return cls(
+            kv_mean=torch.zeros(b, g, m, d, dtype=stored, device=device),
+            k_sum=filled(0.0, m),
+            k_max=filled(float("-inf"), m),
+            window_key=exact(2 * w),
+            window_value=exact(2 * w),
+            window_priority=filled(float("-inf"), 2 * w if h else 0),
+            sink_key=exact(s),
+            sink_value=exact(s),
+            retained_key=exact(h),
+            retained_value=exact(h),
+            retained_priority=filled(float("-inf"), h),
+            length=torch.zeros(b, dtype=torch.int64, device=device),
+        )
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(t.numel() * t.element_size() for t in self)
+
+    def index_select(self, rows: torch.Tensor) -> SRFState:
+        """State of the rows with these indices, in their order; `rows` is `(B',)` int64."""
+        return SRFState(*(t.index_select(0, rows.to(t.device)) for t in self))
+
+    def copy_(self, other: SRFState) -> SRFState:
+        """Overwrite in place, keeping every pointer."""
+        for mine, theirs in zip(self, other, strict=True):
+            mine.copy_(theirs)
+        return self

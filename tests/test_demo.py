@@ -1,0 +1,92 @@
+"""The demonstration end to end: on a tiny Llama for its every promise, on the real SmolLM2 in small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import llama, text  # noqa: F401  (fixtures)
+
+from srf_retrofit import demo, recipes
+from srf_retrofit.modeling.configuration import SRFConfig
+
+QUICK = Path(__file__).resolve().parent.parent / "configs" / "quick.yaml"
+
+
+def settings(**changes: object) -> demo.DemoSettings:
+    small = SRFConfig(num_features=16, window=8, sinks=2, retained=8)
+    return recipes.resolve(
+        demo.DemoSettings,
+        recipes.read_recipe(QUICK),
+        **changes,
+        **{name: getattr(small, name) for name in ("num_features", "window", "sinks", "retained")},
+    )
+
+
+def test_tiny_demo(llama, text, tmp_path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    results = demo.run(
+        settings(model=str(llama), text=str(text), output=str(out), steps=30, batch_size=8, length=64,
+                 learning_rate=3e-3, eval_tokens=2048),
+        quiet=True,
+    )  # fmt: skip
+    assert sorted(p.name for p in out.iterdir()) == ["model", "report.md", "report.png", "results.json"]
+    assert json.loads((out / "results.json").read_text()) == results
+    assert results["reload"] == {"bit_equal": True, "max_difference": 0.0}
+    assert results["distance"]["tuned"]["kl"] < results["distance"]["zero_shot"]["kl"]
+    assert set(results["perplexity"]) == {"teacher", "zero_shot", "tuned"}
+    assert set(results["perplexity"]["tuned"]) == {"full", "no_tail", "tail_only", "no_retained"}
+    spans = {cell["tokens"] for row in results["perplexity"].values() for cell in row.values()}
+    assert len(spans) == 1
+
+
+def test_refusals_come_before_work(llama, text, tmp_path, monkeypatch) -> None:  # noqa: F811
+    def never(*_, **__):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(demo, "distil", never)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(ValueError, match="not empty"):
+        demo.run(settings(model=str(llama), output=str(tmp_path / "full")), quiet=True)
+    with pytest.raises(ValueError, match="calibration text: .* fill one block of 5000"):
+        demo.run(settings(model=str(llama), text=str(text), output=str(tmp_path / "o"), length=5000), quiet=True)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be >= 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be > 0"),
+        ({"resample": "often"}, "'often' is not known"),
+        ({"geometry": "flat"}, "geometry must be one of"),
+    ],
+)
+def test_bad_settings(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        demo.DemoSettings(**change)
+
+
+def test_a_reload_that_fails_is_said(tmp_path, llama) -> None:  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with pytest.raises(RuntimeError, match="could not be loaded in a fresh process"):
+        demo.reload(model, tmp_path, torch.zeros(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_real_demo_in_small(tmp_path) -> None:
+    out = tmp_path / "out"
+    results = demo.run(recipes.resolve(demo.DemoSettings, recipes.read_recipe(QUICK), output=str(out)), quiet=True)
+    assert results["reload"]["bit_equal"]
+    perplexity = {name: row["full"]["ppl"] for name, row in results["perplexity"].items()}
+    assert perplexity["teacher"] < perplexity["zero_shot"] < 3 * perplexity["teacher"]
+    assert results["distance"]["tuned"]["kl"] < results["distance"]["zero_shot"]["kl"]
+    assert len(results["head_error"]["tuned"]) == 30
+    assert all(sample["teacher"] for sample in results["samples"])
+    assert (out / "report.md").read_text().startswith("# SmolLM2-135M-Instruct, retrofitted")
