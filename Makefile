@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/srf-retrofit demo --output $(DEMO_OUTPUT)
+	$(BIN)/srf-retrofit demo --config configs/demo.yaml --output $(DEMO_OUTPUT) --overwrite
 
 test: check pytest
 

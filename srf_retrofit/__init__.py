@@ -5,13 +5,17 @@ Importing this package registers the retrofitted model classes with Transformers
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .calibration import calibrate
-from .callbacks import ResampleFeaturesCallback, resample_features
 from .modeling.attention import ablated_attention, exact_attention
 from .modeling.cache import state_bytes
 from .modeling.configuration import SRFConfig
 from .modeling.standalone import Attention
 from .surgery import RetrofitPlan, plan_retrofit, retrofit, revert
+
+if TYPE_CHECKING:
+    from .callbacks import ResampleFeaturesCallback, resample_features
 
 __version__ = "0.1.0"
 
@@ -29,3 +33,12 @@ __all__ = [
     "revert",
     "state_bytes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The callback's names on first use: they bring the Trainer, and with it PEFT, which few need at once."""
+    if name in ("ResampleFeaturesCallback", "resample_features"):
+        from . import callbacks
+
+        return getattr(callbacks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

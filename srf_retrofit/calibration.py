@@ -20,6 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .modeling.attention import SRFAttention, exact_attention
+from .modeling.random_features import single_thread
 from .theory import log_variance, optimal_stretch
 
 GEOMETRIES = ("identity", "shift", "preconditioner", "proposal")
@@ -173,7 +174,8 @@ def fit_geometry(moments: LayerMoments, *, scaling: float, geometry: str = DEFAU
         out = out._replace(query_shift=moments.query.mean * scaling**0.5, key_shift=moments.key.mean * scaling**0.5)
     if level >= 2:
         covariances = (_shrink(side.covariance * scaling, _SHRINKAGE) for side in moments)
-        preconditioner, inverse_transpose = balance(*covariances)
+        with single_thread():
+            preconditioner, inverse_transpose = balance(*covariances)
         out = out._replace(preconditioner=preconditioner, inverse_transpose=inverse_transpose)
     if level >= 3:
         stretch = [[optimal_stretch(x) for x in row] for row in second_moments(moments, out, scaling).tolist()]

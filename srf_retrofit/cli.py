@@ -63,7 +63,7 @@ Text = Annotated[
 TextField = Annotated[str | None, typer.Option(help="Field of .jsonl rows or data set. [default: text]")]
 Config = Annotated[Path | None, typer.Option(help="YAML recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace the output directory.")]
+Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace the output directory of an earlier run.")]
 NumFeatures = Annotated[int | None, typer.Option(help="Random features per key/value head. [default: 64]")]
 Window = Annotated[int | None, typer.Option(help="Positions per exact block. [default: 32]")]
 Sinks = Annotated[int | None, typer.Option(help="Leading positions kept exact. [default: 4]")]
@@ -162,14 +162,14 @@ def retrofit(
     settings = recipes.resolve(RetrofitSettings, recipes.read_recipe(config), **_given(locals()))
     if settings.output is None:
         raise ValueError("no output directory: pass --output DIR")
-    check_writable(Path(settings.output), overwrite=settings.overwrite)
+    check_writable(Path(settings.output), overwrite=settings.overwrite, mark="recipe.json")
     loaded, tokenizer = load_model(settings.model)
     plan = plan_retrofit(loaded, settings.srf)
     documents = load_documents(settings.text, field=settings.text_field)
     blocks = pack(documents, tokenizer, settings.length, limit=max(1, settings.calibration_tokens // settings.length))
     apply(loaded, settings.srf)
     calibrate(loaded, blocks.batches(1), geometry=settings.geometry, max_tokens=None)
-    with atomic_directory(settings.output, overwrite=settings.overwrite) as directory:
+    with atomic_directory(settings.output, overwrite=settings.overwrite, mark="recipe.json") as directory:
         loaded.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         (directory / "recipe.json").write_text(json.dumps(recipes.to_dict(settings), indent=2) + "\n")
@@ -323,7 +323,7 @@ _NOT_SETTINGS = {"config", "as_json"}
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """The options among a command's locals, with `layers` parsed."""
     plain = (str, int, float, bool)
-    given = {k: v for k, v in arguments.items() if k not in _NOT_SETTINGS and isinstance(v, plain)}
+    given: dict[str, Any] = {k: v for k, v in arguments.items() if k not in _NOT_SETTINGS and isinstance(v, plain)}
     if "layers" in given:
         given["layers"] = parse_layers(given["layers"])
     return given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import importlib.metadata
@@ -13,14 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from . import evaluation, recipes
 from .calibration import DEFAULT_GEOMETRY, GEOMETRIES, calibrate
@@ -103,7 +103,7 @@ class Stages:
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self.say(f"{name.replace('_', ' ')} ...")
         start = time.perf_counter()
@@ -129,7 +129,7 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         For text that does not fill its parts, a model that cannot be loaded or retrofitted, or an output directory
         that cannot be written: all before anything is trained.
     """
-    check_writable(Path(settings.output), overwrite=settings.overwrite)
+    check_writable(Path(settings.output), overwrite=settings.overwrite, mark="results.json")
     set_seed(settings.seed)
     stage = Stages(quiet)
     with stage("load"):
@@ -167,7 +167,7 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         results["samples"] = samples(teacher, student, tokenizer, settings.new_tokens)
     with stage("time_decoding"):
         results["decode"] = decoding(teacher, student, settings.decode_contexts, quiet)
-    with atomic_directory(settings.output, overwrite=settings.overwrite) as directory:
+    with atomic_directory(settings.output, overwrite=settings.overwrite, mark="results.json") as directory:
         with stage("save_and_reload"):
             student.save_pretrained(directory / "model")
             tokenizer.save_pretrained(directory / "model")
@@ -234,7 +234,11 @@ def distil(
             train_dataset=blocks,
             callbacks=[ResampleFeaturesCallback(settings.resample)],
         )
-        trainer.train()
+        if quiet:
+            trainer.remove_callback(PrinterCallback)
+        # The trainer prints its losses; standard output belongs to the caller.
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.train()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     student.zero_grad(set_to_none=True)
     del trainer
@@ -246,8 +250,8 @@ def distil(
 def memory(model: PreTrainedModel, config: SRFConfig) -> dict[str, Any]:
     """State bytes against key/value bytes of one sequence in bfloat16, the usual type of a served model, as JSON."""
     with torch.device("meta"):
-        skeleton = type(model)(model.config).to(torch.bfloat16)
-    plan = plan_retrofit(skeleton, config)
+        skeleton: Any = type(model)(model.config)
+    plan = plan_retrofit(skeleton.to(torch.bfloat16), config)
     return {
         "dtype": plan.dtype,
         "state_bytes": plan.state_bytes,
@@ -280,18 +284,21 @@ def generate(
     temperature: float = 0.0,
 ) -> str:
     """Continue a prompt, or answer it where the tokenizer has a chat template; greedy at temperature 0."""
-    if chat and tokenizer.chat_template:
+    chat = chat and tokenizer.chat_template is not None
+    if chat:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    inputs: Any = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    generator: Any = model
     with evaluation.evaluating(model):
-        out = model.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        out = generator.generate(
+            ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def decoding(
@@ -306,8 +313,8 @@ def reload(model: PreTrainedModel, directory: Path, input_ids: torch.Tensor) -> 
     """Load the saved model in a fresh Python process and compare its logits (B, L, V) bit for bit."""
     with evaluation.evaluating(model), tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
-        cpu = copy.deepcopy(model).to("cpu") if model.device.type != "cpu" else model
-        save_file({"input_ids": input_ids, "logits": cpu(input_ids).logits.contiguous()}, probe)
+        here: Any = model if model.device.type == "cpu" else copy.deepcopy(model)
+        save_file({"input_ids": input_ids, "logits": here.to("cpu")(input_ids).logits.contiguous()}, probe)
         command = [sys.executable, "-c", _RELOAD, str(directory), str(probe), str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

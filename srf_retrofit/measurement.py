@@ -115,19 +115,29 @@ def check_operator(shape: Shape, config: SRFConfig, geometry: str = "preconditio
     return worst
 
 
-def measure(calls: Mapping[Any, Call], repeats: int, device: str, label: str) -> dict[Any, float]:
-    """Median seconds of each call: one round to warm up, then `repeats` timed ones over all of them in turn."""
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+def measure(
+    calls: Mapping[Any, Call], repeats: int, device: str, label: str, *, least_seconds: float = 0.1
+) -> dict[Any, float]:
+    """Median seconds of each call, over `repeats` rounds that go through all of them in turn.
+
+    Two rounds before them warm up and tell how often a call is to be repeated within a round to take `least_seconds`.
+    """
+    synchronize = torch.cuda.synchronize if is_gpu(device) else lambda: None
+    counts: dict[Any, int] = dict.fromkeys(calls, 1)
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    with tqdm(total=(repeats + 1) * len(calls), desc=label, file=sys.stderr, leave=False) as bar:
-        for turn in range(repeats + 1):
+    with tqdm(total=(repeats + 2) * len(calls), desc=label, file=sys.stderr, leave=False, mininterval=1) as bar:
+        for turn in range(-2, repeats):
             for name, call in calls.items():
                 synchronize()
                 start = time.perf_counter()
-                call()
+                for _ in range(counts[name]):
+                    call()
                 synchronize()
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
+                taken = (time.perf_counter() - start) / counts[name]
+                if turn >= 0:
+                    seconds[name].append(taken)
+                elif turn == -1:  # the very first call may have loaded or compiled something
+                    counts[name] = math.ceil(max(least_seconds, taken) / max(taken, 1e-6))
                 bar.update()
     return {name: statistics.median(times) for name, times in seconds.items()}
 

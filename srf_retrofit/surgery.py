@@ -91,7 +91,7 @@ class RetrofitPlan:
 
     def __str__(self) -> str:
         c = self.config
-        exact = f"{c.sinks} sinks, window {c.window}, {c.retained} retained" if not c.is_pure else "none (pure form)"
+        exact = "none (pure form)" if c.is_pure else f"{c.sinks} sinks, window {c.window}, {c.retained} retained"
         rows = [
             ("model", f"{self.model_class} -> {self.target_class} ({self.dtype})"),
             ("retrofitted layers", f"{len(self.layers)} of {self.num_layers}: {_ranges(self.layers)}"),
@@ -227,9 +227,8 @@ def _plan(
     if _is_retrofitted(model, family):
         raise ValueError(f"this {type(model).__name__} is retrofitted already: revert(model) first, or load it afresh")
     _check_quantised(model)
-    if config is None:
-        config = SRFConfig()
-    elif not isinstance(config, SRFConfig):
+    config = SRFConfig() if config is None else config
+    if not isinstance(config, SRFConfig):
         raise TypeError(f"config must be an SRFConfig, got {type(config).__name__}")
     conf = model.config
     if getattr(conf, "is_heterogeneous", False):

@@ -151,7 +151,7 @@ def _retained_sets(score: torch.Tensor, exact: torch.Tensor, config: SRFConfig):
     p = score.detach().masked_fill(~exact[:, None], -torch.inf).softmax(-1)
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
     counts = (i - j > delay) & (i // w - j // w <= 1) & (j >= s)
-    priority = p.masked_fill(~counts, -torch.inf).amax((1, 2))  # (G, L)
+    priority = _rounded(p.masked_fill(~counts, -torch.inf).amax((1, 2)))  # (G, L)
     slots = []
     for head in range(g):
         sets: list[list[int]] = [[], []]  # nothing has left the window before block 2
@@ -165,6 +165,12 @@ def _retained_sets(score: torch.Tensor, exact: torch.Tensor, config: SRFConfig):
         queries = -(-length // w)
         slots.append([sets[min(x, len(sets) - 1)] for x in range(queries)] + [sets[length // w]])
     return slots, priority
+
+
+def _rounded(p: torch.Tensor) -> torch.Tensor:
+    """To 12 bits of mantissa (13 with the leading one), as priorities are compared."""
+    mantissa, exponent = torch.frexp(p)
+    return torch.where(p > 0, torch.ldexp((mantissa * 2**13).round() / 2**13, exponent), p)
 
 
 def _final_state(kr, vr, b, slots, priority, config) -> SRFState:
@@ -251,7 +257,7 @@ def _step_head(qs, ks, vs, maps, config, scaling):
         local = [*range(min(s, i + 1)), *range(max(start, s), i + 1)]
         logits = [scaling * qs[:, i] @ ks[local + retained].mT]
         if w:
-            p = (scaling * qs[:, i] @ ks[local].mT).detach().softmax(-1).amax(0)
+            p = _rounded((scaling * qs[:, i] @ ks[local].mT).detach().softmax(-1).amax(0))
             for x, received in zip(local, p.tolist(), strict=True):
                 if x >= s and i - x > min(config.retention_delay, w // 2):
                     priority[x] = max(priority[x], received)
@@ -263,10 +269,13 @@ def _step_head(qs, ks, vs, maps, config, scaling):
     return torch.stack(outputs, 1)
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str = "result") -> None:
-    """Compare by `max |actual - expected| <= tolerance * max |expected|`, and by finiteness.
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str = "result", least_scale: float = 1e-30
+) -> None:
+    """Compare by `max |actual - expected| <= tolerance * max(max |expected|, least_scale)`, and by finiteness.
 
-    A relative error of the whole tensor, so that entries near zero are held to the scale of their neighbours.
+    A relative error of the whole tensor, so that entries near zero are held to the scale of their neighbours;
+    `least_scale` is for results that are zero by cancellation of terms of that size.
     """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), f"{name}: {int((~torch.isfinite(actual)).sum())} entries are not finite"
@@ -274,7 +283,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float,
         return
     error = (actual.detach().double().cpu() - expected.detach().double()).abs().max().item()
     scale = expected.detach().double().abs().max().item()
-    assert error <= tolerance * max(scale, 1e-30), f"{name}: error {error:.3e} on a scale of {scale:.3e}"
+    assert error <= tolerance * max(scale, least_scale), f"{name}: error {error:.3e} on a scale of {scale:.3e}"
 
 
 def random_feature_map(

@@ -70,7 +70,7 @@ def test_chunked_matches_the_quadratic_oracle_with_state_and_gradients(length, m
     weight = torch.randn_like(o)
     # The sums of the state carry gradients too: that is what training across calls would use.
     def loss(o, state):
-        return (o * weight).sum() + state.kv_mean.square().sum() + (state.k_sum.log() * 0.1)[state.k_sum > 0].sum()
+        return (o * weight).sum() + state.kv_mean.square().mean() + 0.1 * state.k_sum[state.k_sum > 0].log().sum()
 
     grads = torch.autograd.grad(loss(o, state), [*xs, *maps], allow_unused=True)
     weight = weight.double()
@@ -181,15 +181,18 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("chunk_size", [None, 32])
 @pytest.mark.parametrize("pattern", MASKS)
 @pytest.mark.parametrize("mode", [(0, 0, 0), (0, 4, 0), (32, 0, 0), (32, 4, 16)], ids=str)
-def test_padding_leaves_no_trace_and_rows_do_not_see_each_other(mode, pattern):
+def test_padding_leaves_no_trace_and_rows_do_not_see_each_other(mode, pattern, chunk_size):
     config = config_of(mode)
     length, counts = 150, (150, 97, 33, 1, 0)
     q, k, v = (x.requires_grad_() for x in inputs(length, batch=len(counts)))
     maps = random_feature_map(2, FEATURES, DIM)
     mask = torch.stack([MASKS[pattern](n, length) for n in counts])
-    o, state = srf_attention(q, k, v, maps, config, attention_mask=mask.long(), output_final_state=True)
+    o, state = srf_attention(
+        q, k, v, maps, config, attention_mask=mask.long(), output_final_state=True, chunk_size=chunk_size
+    )
     weight = torch.randn_like(o)
     grads = torch.autograd.grad((o * weight).sum(), (q, k, v))
     for row, count in enumerate(counts):
@@ -286,7 +289,7 @@ def test_bidirectional_matches_the_quadratic_oracle(length, mode):
     grads = torch.autograd.grad((o * weight).sum(), xs)
     right = torch.autograd.grad((expected * weight.double()).sum(), ys)
     for name, mine, theirs in zip("qkv", grads, right, strict=True):
-        assert_close(mine, theirs, 2e-5, f"grad {name}")
+        assert_close(mine, theirs, 2e-5, f"grad {name}", least_scale=0.1)
 
 
 @pytest.mark.parametrize("ablation", ["no_tail", "tail_only", "no_retained"])
@@ -389,7 +392,7 @@ def test_a_million_tokens_stream_through_constant_memory():
 
 
 BAD = {
-    "q must": lambda a: a.update(q=a["q"][0]),
+    "q, k, v must be": lambda a: a.update(q=a["q"][0]),
     "k and v must": lambda a: a.update(k=a["k"][:, :, :-1]),
     "multiple of": lambda a: a.update(q=a["q"][:, :3]),
     "share a floating dtype": lambda a: a.update(v=a["v"].double()),

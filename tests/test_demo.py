@@ -7,31 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import llama, text  # noqa: F401  (fixtures)
+from test_cli import llama, run, text  # noqa: F401  (fixtures)
 
 from srf_retrofit import demo, recipes
-from srf_retrofit.modeling.configuration import SRFConfig
 
 QUICK = Path(__file__).resolve().parent.parent / "configs" / "quick.yaml"
 
 
 def settings(**changes: object) -> demo.DemoSettings:
-    small = SRFConfig(num_features=16, window=8, sinks=2, retained=8)
-    return recipes.resolve(
-        demo.DemoSettings,
-        recipes.read_recipe(QUICK),
-        **changes,
-        **{name: getattr(small, name) for name in ("num_features", "window", "sinks", "retained")},
-    )
+    return recipes.resolve(demo.DemoSettings, recipes.read_recipe(QUICK), **changes)
 
 
 def test_tiny_demo(llama, text, tmp_path) -> None:  # noqa: F811
     out = tmp_path / "out"
-    results = demo.run(
-        settings(model=str(llama), text=str(text), output=str(out), steps=30, batch_size=8, length=64,
-                 learning_rate=3e-3, eval_tokens=2048),
-        quiet=True,
-    )  # fmt: skip
+    small = ["--length", "64", "--steps", "30", "--batch-size", "8", "--learning-rate", "1e-3", "--eval-tokens", "2048"]
+    state = ["--num-features", "16", "--window", "8", "--sinks", "2", "--retained", "8"]
+    places = ["--model", llama, "--text", text, "--output", out]
+    result = run("demo", "--config", QUICK, *places, *small, *state, "--json")
+    results = json.loads(result.stdout)  # and nothing else on standard output
     assert sorted(p.name for p in out.iterdir()) == ["model", "report.md", "report.png", "results.json"]
     assert json.loads((out / "results.json").read_text()) == results
     assert results["reload"] == {"bit_equal": True, "max_difference": 0.0}
@@ -82,7 +75,7 @@ def test_a_reload_that_fails_is_said(tmp_path, llama) -> None:  # noqa: F811
 @pytest.mark.timeout(600)
 def test_real_demo_in_small(tmp_path) -> None:
     out = tmp_path / "out"
-    results = demo.run(recipes.resolve(demo.DemoSettings, recipes.read_recipe(QUICK), output=str(out)), quiet=True)
+    results = demo.run(settings(output=str(out)), quiet=True)
     assert results["reload"]["bit_equal"]
     perplexity = {name: row["full"]["ppl"] for name, row in results["perplexity"].items()}
     assert perplexity["teacher"] < perplexity["zero_shot"] < 3 * perplexity["teacher"]

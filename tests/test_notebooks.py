@@ -27,6 +27,8 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("JUPYTER_PATH", "")
     # Plots are made, and end up in the notebook, but no window is opened.
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    # Progress bars fall back to text where the browser's widgets are not installed, and say so.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     client = NotebookClient(

@@ -127,6 +127,20 @@ def test_same_address_same_draw_whatever_the_global_state() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_number_of_threads_changes_nothing() -> None:
+    """Neither the draw, to the last bit, nor is the number itself changed."""
+    threads, draws = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            draws.append(draw(96, 80, num_heads=2))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+
+
 def test_heads_are_drawn_independently() -> None:
     w = draw(64, 64, num_heads=3)
     overlap = torch.corrcoef(w.flatten(1)).fill_diagonal_(0)

@@ -91,6 +91,15 @@ def feature_keys(sums_value: torch.Tensor, mass: torch.Tensor, reference: torch.
     return reference + mass.log(), sums_value / mass.unsqueeze(-1)
 
 
+def round_priority(probability: torch.Tensor) -> torch.Tensor:
+    """Probabilities, as float32 rounded to 12 bits of mantissa.
+
+    Keys that differ by less than rounding (equal keys, vanishing queries) then tie, and ties go to the earlier key:
+    the same choice in prefill and decoding, whatever the order of their sums.
+    """
+    return ((probability.float().view(torch.int32) + 0x400) & -0x800).view(torch.float32)
+
+
 def rank_and_evict(
     retained_priority: torch.Tensor, candidate_priority: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -186,7 +195,8 @@ def local_priorities(
     distance = (w + offset).unsqueeze(-1) - torch.arange(2 * w, device=probability.device)
     ranked = torch.cat([grid.position - w, grid.position], -1) >= config.sinks
     counts = (distance > min(config.retention_delay, w // 2)) & grid.is_new.unsqueeze(-1) & ranked.unsqueeze(-2)
-    received = probability.masked_fill(~counts[:, None, :, None], float("-inf")).amax((3, 4))  # (B, G, N, 2w)
+    received = probability.masked_fill(~counts[:, None, :, None], float("-inf")).amax((3, 4))
+    received = round_priority(received).to(state.window_priority.dtype)  # (B, G, N, 2w)
     priority = torch.full_like(torch.cat([received[..., :w], received[:, :, :1, :w]], 2), float("-inf"))
     priority[:, :, :2] = state.window_priority.unflatten(-1, (2, w))  # the block before, and the one under way
     priority[:, :, 1:] = torch.maximum(priority[:, :, 1:], received[..., w:])

@@ -124,7 +124,7 @@ def srf_attention(
         state = initial_state
         if state is None:
             state = SRFState.empty(config, rows, k.shape[1], d, dtype=k.dtype, device=k.device)
-        o, state = _walk_segments(q, k, v, layout, state, maps, config, scaling, use_tail, initial_state is not None)
+        o, state = _walk_segments(q, k, v, layout, state, maps, config, scaling, use_tail)
     if not output_final_state:
         return o, None
     stored = SRFState.empty(config, 0, k.shape[1], d, dtype=k.dtype).kv_mean.dtype
@@ -246,7 +246,6 @@ def _walk_segments(
     config: SRFConfig,
     scaling: float,
     use_tail: bool,
-    continues: bool,
 ) -> tuple[torch.Tensor, SRFState]:
     """Run the segments in turn, recomputing each in backward."""
     b, heads, length, d = q.shape
@@ -254,6 +253,8 @@ def _walk_segments(
     state = state._replace(kv_mean=state.kv_mean.to(state.k_sum.dtype))
     if layout.order is not None:
         state = state.index_select(layout.order)
+    # Rows that end early stand inside a block in the segments after their end; so may rows that continue.
+    continues = layout.token is not None
     recompute = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, *state, *maps.query, *maps.key) if x is not None
     )
@@ -264,7 +265,7 @@ def _walk_segments(
             finished.append(SRFState(*(t[segment.rows :] for t in state)))
             state = SRFState(*(t[: segment.rows] for t in state))
 
-        def run(qs, ks, vs, *tensors, segment=segment, continues=continues and i == 0):
+        def run(qs, ks, vs, *tensors, segment=segment):
             return attend_segment(
                 qs, ks, vs, segment.new_tokens, SRFState(*tensors), maps, config, scaling,
                 use_tail=use_tail, continues=continues,

@@ -15,7 +15,9 @@ takes the smaller simplex, which repels more than as many vertices of the large 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -70,6 +72,21 @@ def stream_seed(seed: int, step: int = 0, layer: int = 0) -> int:
                 break
     counter = (step & ((1 << _STEP_BITS) - 1)) << _LAYER_BITS | (layer & ((1 << _LAYER_BITS) - 1))
     return _mix32(_mix32(counter ^ (key & _MASK32)) ^ (key >> 32))
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """One CPU thread for many small factorisations.
+
+    Their result then has the same bits whatever number of threads a process was given, and they do not wait at a
+    barrier in every step of every small matrix, which on a busy machine costs a hundred times the work itself.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def haar_rotations(*shape: int, dim: int, generator: torch.Generator) -> torch.Tensor:
@@ -173,8 +190,9 @@ def draw_projection(
     norms = gaussian.norm(dim=-1, keepdim=True)
     full, rest = divmod(num_features, head_dim)
     directions = []
-    if full:
-        directions.append(_block_directions(num_heads, full, head_dim, head_dim, projection, generator))
-    if rest:
-        directions.append(_block_directions(num_heads, 1, rest, head_dim, projection, generator))
+    with single_thread():
+        if full:
+            directions.append(_block_directions(num_heads, full, head_dim, head_dim, projection, generator))
+        if rest:
+            directions.append(_block_directions(num_heads, 1, rest, head_dim, projection, generator))
     return (norms * torch.cat(directions, dim=-2)).to(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunked import LOG_ZERO, FoldedMap, accumulate_features, feature_keys, rank_and_evict, take_keys
+from .chunked import LOG_ZERO, FoldedMap, accumulate_features, feature_keys, rank_and_evict, round_priority, take_keys
 from .configuration import SRFConfig
 from .feature_map import log_features
 from .state import SRFState
@@ -76,7 +76,7 @@ def attend_token(
         with torch.no_grad():
             exact = torch.cat(logits, -1)
             lse = exact.logsumexp(-1, keepdim=True)
-            received = torch.exp(exact[..., s:] - lse).amax(2)  # (B, G, 2w)
+            received = round_priority(torch.exp(exact[..., s:] - lse).amax(2)).to(dtype)  # (B, G, 2w)
             counts = visible & (position.unsqueeze(-1) - in_window > min(config.retention_delay, w // 2))
             counts = counts & active.unsqueeze(-1)
             received = received.masked_fill(~counts.unsqueeze(1), float("-inf"))
