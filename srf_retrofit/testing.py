@@ -6,6 +6,7 @@ Two oracles compute what `modeling.ops.srf_attention` promises, each its own way
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -54,7 +55,7 @@ def _rows(
     b, length = q.shape[0], q.shape[2]
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        return [(0, torch.arange(i, j)) for i, j in zip(bounds, bounds[1:], strict=False)]
+        return [(0, torch.arange(i, j)) for i, j in itertools.pairwise(bounds)]
     if mask is None:
         return [(i, torch.arange(length)) for i in range(b)]
     return [(i, mask[i].nonzero().flatten()) for i in range(b)]
@@ -93,9 +94,7 @@ def quadratic_attention(
         qr = q[row][:, index].view(g, heads // g, -1, d)
         kr, vr = k[row][:, index], v[row][:, index]
         o, state = _quadratic_row(qr, kr, vr, maps, config, scaling, causal, ablation != "no_tail")
-        out = out.index_put(
-            (torch.tensor(row), torch.arange(heads)[:, None], index[None]), o.reshape(heads, -1, d)
-        )
+        out = out.index_put((torch.tensor(row), torch.arange(heads)[:, None], index[None]), o.reshape(heads, -1, d))
         states.append(state)
     final = SRFState(*(torch.stack(x) for x in zip(*states, strict=True))) if output_final_state and causal else None
     return out, final
@@ -103,7 +102,7 @@ def quadratic_attention(
 
 def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail):
     """One sequence: q (G, R, L, D), k and v (G, L, D)."""
-    g, r, length, d = qr.shape
+    g, _, length, _ = qr.shape
     w, s = config.window, config.sinks
     score = scaling * torch.einsum("grid,gjd->grij", qr, kr)
     a = oracle_log_features(qr, maps, "query", scaling)
@@ -229,7 +228,7 @@ def stepwise_attention(
     for row in range(bsz):
         per_head = []
         for head in range(g):
-            one = FeatureMap(*(None if t is None else t[head : head + 1] for t in maps))
+            one = FeatureMap(*(None if t is None else t[head : head + 1] for t in maps))  # type: ignore[arg-type]
             qs = q[row].view(g, heads // g, length, d)[head]
             per_head.append(_step_head(qs, k[row, head], v[row, head], one, config, scaling))
         rows.append(torch.cat(per_head))
@@ -294,16 +293,16 @@ def random_feature_map(
     w = draw_projection(num_features, head_dim, num_heads=num_heads, seed=seed)
     if geometry == "identity":
         return FeatureMap(w)
-    shift = 0.3 * torch.randn(2, num_heads, head_dim, generator=generator)
+    c_q, c_k = 0.3 * torch.randn(2, num_heads, head_dim, generator=generator)
     if geometry == "shift":
-        return FeatureMap(w, *shift)
+        return FeatureMap(w, c_q, c_k)
     noise = torch.randn(num_heads, head_dim, head_dim, generator=generator)
     m = torch.eye(head_dim) + 0.2 * noise / head_dim**0.5
     inverse = torch.linalg.inv(m.double()).mT.float().contiguous()
     if geometry == "preconditioner":
-        return FeatureMap(w, *shift, m, inverse)
+        return FeatureMap(w, c_q, c_k, m, inverse)
     proposal = -0.1 * torch.rand(num_heads, head_dim, generator=generator)
-    return FeatureMap(w, *shift, m, inverse, proposal)
+    return FeatureMap(w, c_q, c_k, m, inverse, proposal)
 
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:

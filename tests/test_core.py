@@ -38,7 +38,9 @@ def assert_states_close(actual: SRFState, expected: SRFState, tolerance: float) 
         mine, theirs = mine.double(), theirs.double()
         empty = theirs == float("-inf")
         assert torch.equal(mine == float("-inf"), empty), f"{name}: other slots are empty"
-        assert_close(mine.masked_fill(empty, 0), theirs.masked_fill(empty, 0), tolerance, name)
+        # Priorities are rounded to 12 bits; where the unrounded ones straddle a step, they differ by that step.
+        close = max(tolerance, 2.0**-12) if "priority" in name else tolerance
+        assert_close(mine.masked_fill(empty, 0), theirs.masked_fill(empty, 0), close, name)
 
 
 def decode(q, k, v, maps, config, state=None):
@@ -68,6 +70,7 @@ def test_chunked_matches_the_quadratic_oracle_with_state_and_gradients(length, m
     assert_states_close(state, expected_state, 1e-5)
 
     weight = torch.randn_like(o)
+
     # The sums of the state carry gradients too: that is what training across calls would use.
     def loss(o, state):
         return (o * weight).sum() + state.kv_mean.square().mean() + 0.1 * state.k_sum[state.k_sum > 0].log().sum()
@@ -151,9 +154,7 @@ def test_prefill_in_pieces_continues_the_state(cuts, mode):
     state, outputs = None, []
     for start, stop in zip((0, *cuts), (*cuts, 200), strict=True):
         piece = (x[:, :, start:stop] for x in (q, k, v))
-        o, state = srf_attention(
-            *piece, maps, config, initial_state=state, output_final_state=True, chunk_size=64
-        )
+        o, state = srf_attention(*piece, maps, config, initial_state=state, output_final_state=True, chunk_size=64)
         outputs.append(o)
     assert_close(torch.cat(outputs, 2), whole, 1e-5, "o")
     assert_states_close(state, end, 1e-5)
@@ -265,9 +266,7 @@ def test_a_masked_token_in_decoding_changes_nothing():
     _, state = srf_attention(q, k, v, maps, config, output_final_state=True)
     token = [x[:, :, :1] for x in (q, k, v)]
     mask = torch.tensor([[1], [0]])
-    o, after = srf_attention(
-        *token, maps, config, attention_mask=mask, initial_state=state, output_final_state=True
-    )
+    o, after = srf_attention(*token, maps, config, attention_mask=mask, initial_state=state, output_final_state=True)
     assert not o[1].any()
     for before, now in zip(state, after, strict=True):
         assert torch.equal(before[1], now[1])
@@ -403,9 +402,7 @@ BAD = {
     "attention_mask must": lambda a: a.update(attention_mask=torch.ones(1, 3, dtype=torch.long)),
     "cu_seqlens must rise": lambda a: a.update(cu_seqlens=torch.tensor([0, 7])),
     "cu_seqlens must be a 1-D": lambda a: a.update(cu_seqlens=torch.tensor([0.0, 10.0])),
-    "not both": lambda a: a.update(
-        cu_seqlens=torch.tensor([0, 10]), attention_mask=torch.arange(10).view(1, 10)
-    ),
+    "not both": lambda a: a.update(cu_seqlens=torch.tensor([0, 10]), attention_mask=torch.arange(10).view(1, 10)),
     "causal=False needs": lambda a: a.update(causal=False),
     "initial_state.kv_mean": lambda a: a.update(
         initial_state=SRFState.empty(a["config"].replace(num_features=3), 1, 2, DIM, dtype=torch.float32)

@@ -96,13 +96,13 @@ def _with_neighbours(blocks: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _scan(log_key: torch.Tensor, value: torch.Tensor) -> FeatureSums:
     """`accumulate_features` from nothing over any number of blocks, a group at a time."""
-    b, g, n, _, m = log_key.shape
+    b, g, _, _, m = log_key.shape
     carry = (
         value.new_zeros(b, g, m, value.shape[-1]),
         value.new_zeros(b, g, m),
         value.new_full((b, g, m), float("-inf")),
     )
-    groups = []
+    groups: list[FeatureSums] = []
     for keys, part in zip(log_key.split(GROUP, 2), value.split(GROUP, 2), strict=True):
         sums = accumulate_features(keys, part, carry)
         carry = (sums.values[:, :, -1], sums.mass[:, :, -1], sums.reference[:, :, -1])

@@ -173,9 +173,7 @@ def place_on_grid(state: SRFState, new_tokens: torch.Tensor, num_blocks: int, co
     return Grid(position.view(shape), is_new.view(shape), end // w)
 
 
-def local_priorities(
-    probability: torch.Tensor, grid: Grid, state: SRFState, config: SRFConfig
-) -> torch.Tensor:
+def local_priorities(probability: torch.Tensor, grid: Grid, state: SRFState, config: SRFConfig) -> torch.Tensor:
     """Largest attention probability that each key received so far inside sinks and window.
 
     Parameters
@@ -312,9 +310,7 @@ def attend_segment(
         log_key = log_features(folded_k, maps.key, scaling).masked_fill(~may_fold.unsqueeze(-1), float("-inf"))
 
     mass = state.k_sum
-    sums = accumulate_features(
-        log_key, folded_v, (state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max)
-    )
+    sums = accumulate_features(log_key, folded_v, (state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max))
     if use_tail:
         log_mass, mean_value = feature_keys(sums.values[:, :, :n], sums.mass[:, :, :n], sums.reference[:, :, :n])
         logits.append(log_query + log_mass.unsqueeze(-2))

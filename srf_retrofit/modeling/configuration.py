@@ -121,7 +121,9 @@ class SRFConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise ValueError(f"unknown SRF configuration field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"unknown SRF configuration field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
         if isinstance(data.get("layers"), list):
             data["layers"] = tuple(data["layers"])
         return cls(**data)

@@ -38,11 +38,11 @@ class FeatureMap(NamedTuple):
 
     def to(self, *args, **kwargs) -> FeatureMap:
         """Move or cast every tensor, as `torch.Tensor.to`."""
-        return FeatureMap(*(None if t is None else t.to(*args, **kwargs) for t in self))
+        return FeatureMap(*(None if t is None else t.to(*args, **kwargs) for t in self))  # type: ignore[arg-type]
 
 
 class LinearFeatures(NamedTuple):
-    """A feature map folded for one side: `log_feature_r(x) = weight_r . x + bias_r - |norm_weight x + norm_bias|^2/2`."""
+    """A feature map folded for one side: `weight_r . x~ + bias_r - |norm_weight x~ + norm_bias|^2 / 2`."""
 
     weight: torch.Tensor  # (G, M, D), acts on x~
     bias: torch.Tensor  # (G, M)

@@ -7,24 +7,20 @@ segments of the chunked form with recomputation in backward, or takes the one-to
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from .bidirectional import attend_bidirectional
-from .chunked import FoldedMap, attend_segment, block_length
+from .chunked import FoldedMap, attend_segment
 from .configuration import SRFConfig
 from .feature_map import FeatureMap, fold_feature_map
+from .layout import Layout, cut, join, plan_layout
 from .recurrent import attend_token
 from .state import SRFState
 
-# Tokens and blocks of a segment: long enough to amortise a segment's kernels, short enough to stay in cache.
-DEFAULT_CHUNK = 1024
-PURE_CHUNK = 256
-MAX_BLOCKS = 64
 ABLATIONS = (None, "no_tail", "tail_only", "no_retained")
 BACKENDS = ("auto", "torch")
 
@@ -109,25 +105,24 @@ def srf_attention(
         _check_state(initial_state, config, rows, k)
 
     use_tail = ablation != "no_tail"
-    single = length == 1 and causal and initial_state is not None and documents is None
     with full_precision(q.device):
-        if single and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        no_graph = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+        if length == 1 and causal and documents is None and initial_state is not None and no_graph:
             active = None if attention_mask is None else attention_mask[:, 0]
-            o, state = attend_token(q, k, v, active, initial_state, maps, config, scaling, use_tail=use_tail)
+            o, new_state = attend_token(q, k, v, active, initial_state, maps, config, scaling, use_tail=use_tail)
             if active is not None:
                 o = o.masked_fill(~active.view(-1, 1, 1, 1), 0.0)
-            return o.to(q.dtype), state if output_final_state else None
+            return o.to(q.dtype), new_state if output_final_state else None
 
         if not causal:
             return _attend_all(q, k, v, attention_mask, documents, maps, config, scaling, use_tail), None
         layout = plan_layout(b, length, q.device, config, attention_mask, documents, initial_state, chunk_size)
-        state = initial_state
-        if state is None:
-            state = SRFState.empty(config, rows, k.shape[1], d, dtype=k.dtype, device=k.device)
-        o, state = _walk_segments(q, k, v, layout, state, maps, config, scaling, use_tail)
+        if initial_state is None:
+            initial_state = SRFState.empty(config, rows, k.shape[1], d, dtype=k.dtype, device=k.device)
+        o, state = _walk_segments(q, k, v, layout, initial_state, maps, config, scaling, use_tail)
     if not output_final_state:
         return o, None
-    stored = SRFState.empty(config, 0, k.shape[1], d, dtype=k.dtype).kv_mean.dtype
+    stored = SRFState.layout(config, rows, k.shape[1], d, k.dtype)["kv_mean"][1]
     return o, state._replace(kv_mean=state.kv_mean.to(stored))
 
 
@@ -152,90 +147,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
             matmul.allow_tf32 = True
 
 
-class Segment(NamedTuple):
-    """`rows` leading rows of a layout, `new_tokens` (rows,) of each in `slots` grid slots."""
-
-    rows: int
-    slots: int
-    new_tokens: torch.Tensor
-
-
-class Layout(NamedTuple):
-    """How rows of real tokens are cut into segments.
-
-    `token` holds, for each segment in turn, the flat index `(rows, slots)` of each slot's token in the `B L` tokens
-    of the input, or is `None` when segments are plain slices of `L`. `order` lists rows by decreasing length when
-    they were sorted (packed documents), so that finished rows drop out of later segments.
-    """
-
-    segments: list[Segment]
-    token: torch.Tensor | None
-    is_real: torch.Tensor | None
-    order: torch.Tensor | None
-
-
-def plan_layout(
-    b: int,
-    length: int,
-    device: torch.device,
-    config: SRFConfig,
-    mask: torch.Tensor | None,
-    documents: list[tuple[int, int]] | None,
-    state: SRFState | None,
-    chunk_size: int | None,
-) -> Layout:
-    """Cut rows into segments of whole blocks; see `Layout`. `mask` is (B, L) bool, `documents` (start, end) pairs."""
-    w = block_length(config)
-    chunk = chunk_size or (PURE_CHUNK if config.is_pure else DEFAULT_CHUNK)
-    size = w * min(max(chunk // w, 1), MAX_BLOCKS)
-    phase = torch.zeros(b if documents is None else len(documents), dtype=torch.int64, device=device)
-    if state is not None and config.window:
-        phase = state.length % config.window
-    # Slots before a row's first new token, at most.
-    lead = w - 1 if state is not None and config.window else 0
-
-    if documents is None and mask is None and not lead:
-        lengths = torch.full((b,), length, dtype=torch.int64, device=device)
-        sizes = [min(size, length - start) for start in range(0, length, size)]
-        segments = [Segment(b, -(-t // w) * w, torch.full_like(lengths, t)) for t in sizes]
-        return Layout(segments, None, None, None)
-
-    order = None
-    if documents is not None:
-        counts = [end - start for start, end in documents]
-        ranked = sorted(range(len(counts)), key=lambda i: -counts[i])
-        order = torch.tensor(ranked, dtype=torch.int64, device=device)
-        starts = torch.tensor([documents[i][0] for i in ranked], dtype=torch.int64, device=device)
-        counts = [counts[i] for i in ranked]
-        lengths = torch.tensor(counts, dtype=torch.int64, device=device)
-        phase = phase[order]
-        reach = [count + lead for count in counts]
-    else:
-        if mask is None:
-            mask = torch.ones(b, length, dtype=torch.bool, device=device)
-        lengths = mask.sum(-1)
-        rank = (~mask).to(torch.int8).argsort(dim=-1, stable=True)  # real tokens first, in their order
-        rank = rank + torch.arange(b, device=device).unsqueeze(-1) * length
-        reach = [length + lead] * b
-
-    segments, tokens, real = [], [], []
-    longest = max(reach, default=0)
-    for start in range(0, longest, size):
-        rows = sum(1 for x in reach if x > start)
-        slots = min(size, -(-(longest - start) // w) * w)
-        slot = torch.arange(start, start + slots, device=device) - phase[:rows].unsqueeze(-1)
-        count = lengths[:rows].unsqueeze(-1)
-        is_real = (slot >= 0) & (slot < count)
-        slot = torch.minimum(slot, count - 1).clamp_min(0)
-        tokens.append(
-            rank[:rows].gather(1, slot.clamp_max(length - 1)) if order is None else starts[:rows].unsqueeze(-1) + slot
-        )
-        real.append(is_real)
-        segments.append(Segment(rows, slots, is_real.sum(-1)))
-    flat = torch.cat([t.reshape(-1) for t in tokens]).clamp_max(b * length - 1)
-    return Layout(segments, flat, torch.cat([r.reshape(-1) for r in real]), order)
-
-
 def _walk_segments(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -258,7 +169,7 @@ def _walk_segments(
     recompute = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, *state, *maps.query, *maps.key) if x is not None
     )
-    parts = [_cut(x, layout) for x in (q, k, v)]
+    parts = [cut(x, layout) for x in (q, k, v)]
     outputs, finished = [], []
     for i, segment in enumerate(layout.segments):
         if segment.rows < state.length.shape[0]:
@@ -282,7 +193,7 @@ def _walk_segments(
     state = SRFState(*(torch.cat(ts) for ts in zip(*reversed(finished), strict=True)))
     if layout.order is not None:
         state = state.index_select(layout.order.argsort())
-    return _join(outputs, layout, (b, heads, length, d), q), state
+    return join(outputs, layout, (b, heads, length, d), q), state
 
 
 def _attend_all(
@@ -298,13 +209,11 @@ def _attend_all(
 ) -> torch.Tensor:
     """The non-causal form, with padding moved behind the real tokens and back, one packed document at a time."""
     if documents is not None:
-        return torch.cat(
-            [
-                _attend_all(*(x[:, :, i:j] for x in (q, k, v)), None, None, maps, config, scaling, use_tail)
-                for i, j in documents
-            ],
-            2,
-        )
+        pieces = [
+            _attend_all(q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], None, None, maps, config, scaling, use_tail)
+            for i, j in documents
+        ]
+        return torch.cat(pieces, 2)
     b, _, length, _ = q.shape
     if length == 0:
         return torch.zeros_like(q)
@@ -318,46 +227,10 @@ def _attend_all(
     if mask is None:
         return recomputed(q, k, v, q.new_full((b,), length, dtype=torch.int64))
     rank = (~mask).to(torch.int8).argsort(dim=-1, stable=True)
-    front, back = (
-        i[:, None, :, None].expand(b, 1, length, q.shape[-1]) for i in (rank, rank.argsort(dim=-1))
-    )
+    front, back = (i[:, None, :, None].expand(b, 1, length, q.shape[-1]) for i in (rank, rank.argsort(dim=-1)))
     q, k, v = (torch.take_along_dim(x, front, 2) for x in (q, k, v))
     o = torch.take_along_dim(recomputed(q, k, v, mask.sum(-1)), back, 2)
     return o.masked_fill(~mask[:, None, :, None], 0.0)
-
-
-def _cut(x: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
-    """One tensor per segment, (rows, heads, slots, D); a single gather (or split), so that backward stays O(L)."""
-    heads, d = x.shape[1], x.shape[-1]
-    if layout.token is None:
-        sizes = [s.slots for s in layout.segments]
-        missing = sum(sizes) - x.shape[2]
-        if not missing:
-            return list(x.split(sizes, dim=2))
-        # Only the last segment can be short of whole blocks.
-        *whole, last = x.split([*sizes[:-1], sizes[-1] - missing], dim=2)
-        return [*whole, pad(last, (0, 0, 0, missing))]
-    flat = x.transpose(1, 2).reshape(-1, heads, d).index_select(0, layout.token)
-    pieces = flat.split([s.rows * s.slots for s in layout.segments])
-    return [
-        p.view(s.rows, s.slots, heads, d).transpose(1, 2) for p, s in zip(pieces, layout.segments, strict=True)
-    ]
-
-
-def _join(outputs: list[torch.Tensor], layout: Layout, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Put the segments' outputs back to their tokens; tokens of no row get zeros."""
-    b, heads, length, d = shape
-    if not outputs:
-        return like.new_zeros(shape)
-    if layout.token is None:
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2))[:, :, :length]
-    flat = torch.cat([o.transpose(1, 2).reshape(-1, heads, d) for o in outputs] + [like.new_zeros(1, heads, d)])
-    total = flat.shape[0] - 1
-    where = torch.full((b * length + 1,), total, dtype=torch.int64, device=like.device)
-    # Slots of no token write to a spare last entry.
-    target = torch.where(layout.is_real, layout.token, b * length)
-    where[target] = torch.arange(total, device=like.device)
-    return flat.index_select(0, where[:-1]).view(b, length, heads, d).transpose(1, 2)
 
 
 def _ablated(config: SRFConfig, ablation: str | None, has_state: bool) -> SRFConfig:
@@ -417,9 +290,7 @@ def _check_mask(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor | None:
     return mask
 
 
-def _check_documents(
-    cu_seqlens: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None
-) -> list[tuple[int, int]]:
+def _check_documents(cu_seqlens: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[int, int]]:
     if mask is not None:
         raise ValueError("give attention_mask or cu_seqlens, not both: packed rows hold no padding")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
@@ -427,17 +298,17 @@ def _check_documents(
     bounds = cu_seqlens.tolist()
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens needs one packed row, got a batch of {q.shape[0]}: flatten it first")
-    if bounds[0] != 0 or bounds[-1] != q.shape[2] or any(x > y for x, y in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != q.shape[2] or any(x > y for x, y in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to L={q.shape[2]}, got {bounds}")
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 def _check_state(state: SRFState, config: SRFConfig, rows: int, k: torch.Tensor) -> None:
-    expected = SRFState.empty(config, rows, k.shape[1], k.shape[3], dtype=k.dtype, device="meta")
-    for name, mine, right in zip(SRFState._fields, state, expected, strict=True):
-        if mine.shape != right.shape or mine.dtype != right.dtype or mine.device != k.device:
+    expected = SRFState.layout(config, rows, k.shape[1], k.shape[3], k.dtype)
+    for name, mine in zip(SRFState._fields, state, strict=True):
+        shape, dtype = expected[name]
+        if mine.shape != shape or mine.dtype != dtype or mine.device != k.device:
             raise ValueError(
-                f"initial_state.{name} must be {right.dtype} of shape {tuple(right.shape)} on {k.device}, got "
-                f"{mine.dtype} of shape {tuple(mine.shape)} on {mine.device}: it was made with another config, batch "
-                "or dtype"
+                f"initial_state.{name} must be {dtype} of shape {shape} on {k.device}, got {mine.dtype} of shape "
+                f"{tuple(mine.shape)} on {mine.device}: it was made with another config, batch or dtype"
             )

@@ -136,9 +136,7 @@ def _fold(
     )
 
 
-def _finish_block(
-    state: SRFState, full: torch.Tensor, maps: FoldedMap, config: SRFConfig, scaling: float
-) -> SRFState:
+def _finish_block(state: SRFState, full: torch.Tensor, maps: FoldedMap, config: SRFConfig, scaling: float) -> SRFState:
     """For the rows `full` (B,): the previous block leaves the window, the current one takes its place."""
     w, h = config.window, config.retained
     b, g = state.window_key.shape[:2]

@@ -8,6 +8,8 @@ import torch
 
 from .configuration import SRFConfig
 
+_PARTS = ("key", "value")
+
 
 class SRFState(NamedTuple):
     """A flat set of batch-first tensors of fixed shape and dtype (`S, z, mu` of estimator notation, and exact keys).
@@ -46,33 +48,36 @@ class SRFState(NamedTuple):
         device: torch.device | str | None = None,
     ) -> SRFState:
         """State before the first token, for keys and values of `dtype`."""
-        b, g, d, m = batch_size, num_kv_heads, head_dim, config.num_features
+        layout = cls.layout(config, batch_size, num_kv_heads, head_dim, dtype)
+        empty = {name: -torch.inf for name in ("k_max", "window_priority", "retained_priority")}
+        return cls(
+            **{
+                name: torch.full(shape, empty.get(name, 0), dtype=kind, device=device)
+                for name, (shape, kind) in layout.items()
+            }
+        )
+
+    @staticmethod
+    def layout(
+        config: SRFConfig, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor, for keys and values of `dtype`."""
+        heads, m = (batch_size, num_kv_heads), config.num_features
         w, s, h = config.window, config.sinks, config.retained
         # float64 inputs (the oracles') keep float64 sums; everything else accumulates in float32.
         accumulator = torch.promote_types(dtype, torch.float32)
         half = getattr(torch, config.state_dtype)
-        stored = accumulator if half == torch.float32 else half
-
-        def exact(count: int) -> torch.Tensor:
-            return torch.zeros(b, g, count, d, dtype=dtype, device=device)
-
-        def filled(value: float, *shape: int) -> torch.Tensor:
-            return torch.full((b, g, *shape), value, dtype=accumulator, device=device)
-
-        return cls(
-            kv_mean=torch.zeros(b, g, m, d, dtype=stored, device=device),
-            k_sum=filled(0.0, m),
-            k_max=filled(float("-inf"), m),
-            window_key=exact(2 * w),
-            window_value=exact(2 * w),
-            window_priority=filled(float("-inf"), 2 * w if h else 0),
-            sink_key=exact(s),
-            sink_value=exact(s),
-            retained_key=exact(h),
-            retained_value=exact(h),
-            retained_priority=filled(float("-inf"), h),
-            length=torch.zeros(b, dtype=torch.int64, device=device),
-        )
+        exact = {"window": 2 * w, "sink": s, "retained": h}
+        tensors = {f"{name}_{part}": ((*heads, n, head_dim), dtype) for name, n in exact.items() for part in _PARTS}
+        return {
+            "kv_mean": ((*heads, m, head_dim), accumulator if half == torch.float32 else half),
+            "k_sum": ((*heads, m), accumulator),
+            "k_max": ((*heads, m), accumulator),
+            **tensors,
+            "window_priority": ((*heads, 2 * w if h else 0), accumulator),
+            "retained_priority": ((*heads, h), accumulator),
+            "length": ((batch_size,), torch.int64),
+        }
 
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
