@@ -88,7 +88,11 @@ def srf_attention(
         Naming the argument and the value, before anything is computed.
     """
     config = _ablated(config, ablation, initial_state is not None or output_final_state)
-    maps = feature_map if isinstance(feature_map, FoldedMap) else fold(feature_map)
+    if isinstance(feature_map, FoldedMap):
+        maps = feature_map
+    else:
+        with full_precision(q.device):
+            maps = fold(feature_map)
     _check_tensors(q, k, v, maps, chunk_size, backend)
     b, _, length, d = q.shape
     scaling = d**-0.5 if scaling is None else scaling

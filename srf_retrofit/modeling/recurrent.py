@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunked import LOG_ZERO, FoldedMap, accumulate_features, feature_keys, rank_and_evict, round_priority, take_keys
+from .chunked import LOG_ZERO, FoldedMap, accumulate_features, rank_and_evict, round_priority, take_keys
 from .configuration import SRFConfig
 from .feature_map import log_features
 from .state import SRFState
@@ -88,12 +88,10 @@ def attend_token(
         # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
         state = _fold(state, k, v, (active & ~is_sink)[:, None, None].expand(b, g, 1), maps, config, scaling)
     if use_tail:
-        mass = state.k_sum
-        log_mass, mean_value = feature_keys(
-            state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max.clamp_min(LOG_ZERO)
-        )
+        # The state is kept as pseudo-keys already; see `chunked.feature_keys`.
+        log_mass = state.k_max.clamp_min(LOG_ZERO) + state.k_sum.clamp_min(0.5).log()
         logits.append(log_features(qh, maps.query, scaling) + log_mass.unsqueeze(-2))
-        values.append(mean_value)
+        values.append(state.kv_mean.to(dtype))
     else:
         logits.append(qh.new_full((b, g, heads // g, 1), LOG_ZERO))
         values.append(qh.new_zeros(b, g, 1, d))
