@@ -75,9 +75,9 @@ class DemoSettings:
     steps: int = 40
     batch_size: int = 2
     length: int = 512
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-5
     resample: str = "settle:0.5"
-    eval_tokens: int = 8192
+    eval_tokens: int = 4096
     error_tokens: int = 1024
     decode_contexts: tuple[int, ...] = (256, 1024, 4096)
     new_tokens: int = 48

@@ -22,8 +22,8 @@ from .state import SRFState
 
 # Stands for log 0 where a difference of two of them must not be NaN.
 LOG_ZERO = -1e30
-# Block length of the pure form: the keys of a query's own block meet it feature by feature, at a cost linear in this.
-PURE_BLOCK = 16
+# Block length of the pure form, a power of two: a block's keys meet its queries by halving, see `_feature_logits`.
+PURE_BLOCK = 32
 
 
 class FoldedMap(NamedTuple):
@@ -69,16 +69,17 @@ def accumulate_features(
     # The references cancel between numerator and denominator, so they carry no gradient.
     reference = torch.cat([mu0.detach().clamp_min(LOG_ZERO).unsqueeze(2), highest], 2).cummax(2).values
     feature = torch.exp(log_key - reference[:, :, 1:].unsqueeze(-2))  # <= 1, an underflow is a true negligible
-    added = torch.cat([torch.matmul(feature.mT, value), feature.sum(-2).unsqueeze(-1)], -1)  # (B, G, N, M, D + 1)
-    source = torch.cat([torch.cat([s0, z0.unsqueeze(-1)], -1).unsqueeze(2), added], 2)
+    source = torch.cat([s0.unsqueeze(2), torch.matmul(feature.mT, value)], 2)  # (B, G, N + 1, M, D)
+    mass = torch.cat([z0.unsqueeze(2), feature.sum(-2)], 2)  # (B, G, N + 1, M)
     # decay[n, p] carries what was added at boundary p to boundary n >= p; every exponent is <= 0.
     exponent = reference.transpose(2, 3)  # (B, G, M, N + 1)
     exponent = exponent.unsqueeze(-2) - exponent.unsqueeze(-1)  # [n, p] = mu_p - mu_n
     count = exponent.shape[-1]
     later = torch.ones(count, count, dtype=torch.bool, device=value.device).triu(1)
     decay = exponent.masked_fill_(later, float("-inf")).exp_()
-    sums = torch.matmul(decay, source.transpose(2, 3)).transpose(2, 3)  # (B, G, N + 1, M, D + 1)
-    return FeatureSums(sums[..., :-1], sums[..., -1], reference)
+    values = torch.matmul(decay, source.transpose(2, 3)).transpose(2, 3)
+    mass = torch.matmul(decay, mass.transpose(2, 3).unsqueeze(-1)).squeeze(-1).transpose(2, 3)
+    return FeatureSums(values, mass, reference)
 
 
 def feature_keys(sums_value: torch.Tensor, mass: torch.Tensor, reference: torch.Tensor):
@@ -271,8 +272,7 @@ def attend_segment(
     if pure:
         log_key = log_features(kf, maps.key, scaling)
         local = _feature_logits(log_query.view(b, g, n, r, w, -1), log_key).flatten(3, 4)
-        visible = (offset <= offset.unsqueeze(-1)) & is_tail_key.unsqueeze(-2)
-        logits.append(_mask(local, visible, r))
+        logits.append(_mask(local, is_tail_key.unsqueeze(-2).expand(-1, -1, w, -1), r) if s else local)
         values.append(vf)
     else:
         before_k = torch.cat([state.window_key[:, :, None, :w].to(dtype), kf[:, :, :-1]], 2)
@@ -354,11 +354,37 @@ def _mask(logits: torch.Tensor, visible: torch.Tensor, groups: int) -> torch.Ten
 
 
 def _feature_logits(log_query: torch.Tensor, log_key: torch.Tensor) -> torch.Tensor:
-    """`log sum_r e^{a_ir + b_jr}` inside blocks: (B, G, N, R, w, M), (B, G, N, w, M) -> (B, G, N, R, w, w).
+    """`log sum_r e^{a_ir + b_jr}` for `j <= i` inside blocks, halving them: the lower triangle, `-inf` above it.
 
-    Elementwise, because no reference shared by several queries is a maximum over the keys visible to each of them.
+    The second half of a block sees all keys of the first half, so their maxima are a reference that is safe for each
+    of its queries, and a matrix product serves; both halves are then blocks of their own. Any reference shared with
+    keys that a query does not see could underflow all that it does see.
+
+    Parameters
+    ----------
+    log_query : (..., R, w, M); log_key : (..., w, M), `w` a power of two
+
+    Returns
+    -------
+    (..., R, w, w)
     """
-    return (log_query.unsqueeze(-2) + log_key[:, :, :, None, None]).logsumexp(-1)
+    w = log_key.shape[-2]
+    if w == 1:
+        return (log_query + log_key.unsqueeze(-3)).logsumexp(-1, keepdim=True)
+    # Both halves at once, as a batch dimension of size two before R.
+    q2 = log_query.unflatten(-2, (2, w // 2)).movedim(-3, -4)
+    k2 = log_key.unflatten(-2, (2, w // 2))
+    diagonal = _feature_logits(q2, k2)
+    first, later = k2.select(-3, 0), q2.select(-4, 1)  # (..., w/2, M), (..., R, w/2, M)
+    reference = first.detach().amax(-2)
+    key = torch.exp(first - reference.unsqueeze(-2))
+    later = later + reference[..., None, None, :]
+    top = later.detach().amax(-1, keepdim=True)
+    product = torch.matmul(torch.exp(later - top).flatten(-3, -2), key.mT).view(*later.shape[:-1], w // 2)
+    # A key below e^-87 of its half's largest weighs nothing; the clamp keeps its gradient zero instead of 0/0.
+    below = product.clamp_min(torch.finfo(product.dtype).tiny).log() + top
+    upper = torch.cat([diagonal.select(-4, 0), torch.full_like(below, float("-inf"))], -1)
+    return torch.cat([upper, torch.cat([below, diagonal.select(-4, 1)], -1)], -2)
 
 
 def _store_sinks(state: SRFState, kb: torch.Tensor, vb: torch.Tensor, grid: Grid, config: SRFConfig) -> SRFState:

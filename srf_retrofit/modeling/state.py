@@ -49,7 +49,7 @@ class SRFState(NamedTuple):
     ) -> SRFState:
         """State before the first token, for keys and values of `dtype`."""
         layout = cls.layout(config, batch_size, num_kv_heads, head_dim, dtype)
-        empty = {name: -torch.inf for name in ("k_max", "window_priority", "retained_priority")}
+        empty = dict.fromkeys(("k_max", "window_priority", "retained_priority"), -torch.inf)
         return cls(
             **{
                 name: torch.full(shape, empty.get(name, 0), dtype=kind, device=device)
