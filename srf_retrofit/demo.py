@@ -72,10 +72,10 @@ class DemoSettings:
     overwrite: bool = False
     geometry: str = DEFAULT_GEOMETRY
     calibration_tokens: int = 8192
-    steps: int = 40
-    batch_size: int = 2
+    steps: int = 48
+    batch_size: int = 1
     length: int = 512
-    learning_rate: float = 5e-5
+    learning_rate: float = 3e-5
     resample: str = "settle:0.5"
     eval_tokens: int = 4096
     error_tokens: int = 1024

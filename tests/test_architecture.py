@@ -31,6 +31,7 @@ FLOORS = [
 MODELING_FLOORS = [
     {"configuration", "saving"},
     {"configuration_hf", "random_features", "feature_map", "state"},
+    {"feature_sums"},
     {"chunked"},
     {"recurrent", "bidirectional"},
     {"layout"},

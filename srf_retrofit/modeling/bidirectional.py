@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .chunked import FeatureSums, FoldedMap, accumulate_features, feature_keys
 from .configuration import SRFConfig
-from .feature_map import log_features
+from .feature_map import FoldedMap, log_features
+from .feature_sums import LOG_ZERO, FeatureSums, accumulate_features, feature_keys
 
 # Blocks scanned at a time: the scan inside a group costs its square, between groups only sums are carried.
 GROUP = 32
@@ -79,7 +79,7 @@ def attend_bidirectional(
         log_mass, mean_value = feature_keys(*(x[:, :, boundary] for x in sums))
         tail = log_query + log_mass.unsqueeze(-2)
         # Without the tail its logits stay as a floor that keeps rows with no key at all finite.
-        logits.append(tail if use_tail else torch.full_like(tail, -1e30))
+        logits.append(tail if use_tail else torch.full_like(tail, LOG_ZERO))
         values.append(mean_value)
     o = torch.matmul(torch.cat(logits, -1).softmax(-1), torch.cat(values, 3))
     return o.view(b, g, n, r, w, d).transpose(2, 3).reshape(b, heads, n * w, d)[:, :, :length]

@@ -50,6 +50,13 @@ class LinearFeatures(NamedTuple):
     norm_bias: torch.Tensor | None  # (G, D), None for zero
 
 
+class FoldedMap(NamedTuple):
+    """Both sides of a feature map, folded; see `fold_feature_map`."""
+
+    query: LinearFeatures
+    key: LinearFeatures
+
+
 def fold_feature_map(maps: FeatureMap, side: str) -> LinearFeatures:
     """Fold projection, geometry and constants into one affine map per side, once per call.
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .chunked import FoldedMap
 from .configuration import SRFConfig
-from .feature_map import FeatureMap
+from .feature_map import FeatureMap, FoldedMap
 from .ops import fold, full_precision
 from .random_features import draw_projection
 

@@ -18,7 +18,7 @@ from .state import SRFState
 
 # Tokens and blocks of a segment: long enough to amortise a segment's kernels, short enough to stay in cache.
 DEFAULT_CHUNK = 1024
-PURE_CHUNK = 256
+PURE_CHUNK = 1024
 MAX_BLOCKS = 64
 
 

@@ -14,9 +14,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .bidirectional import attend_bidirectional
-from .chunked import FoldedMap, attend_segment
+from .chunked import attend_segment
 from .configuration import SRFConfig
-from .feature_map import FeatureMap, fold_feature_map
+from .feature_map import FeatureMap, FoldedMap, fold_feature_map
 from .layout import Layout, cut, join, plan_layout
 from .recurrent import attend_token
 from .state import SRFState

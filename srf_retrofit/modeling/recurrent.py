@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from .chunked import LOG_ZERO, FoldedMap, accumulate_features, rank_and_evict, round_priority, take_keys
+from .chunked import rank_and_evict, round_priority, take_keys
 from .configuration import SRFConfig
-from .feature_map import log_features
+from .feature_map import FoldedMap, log_features
+from .feature_sums import LOG_ZERO, accumulate_features
 from .state import SRFState
 
 
