@@ -32,8 +32,9 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# One single-threaded process a core: the tests are many and small.
 pytest: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 notebooks: venv
 	$(BIN)/python -m pytest tests/test_notebooks.py

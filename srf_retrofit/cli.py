@@ -281,7 +281,7 @@ def bench(
     lengths: Annotated[
         str | None, typer.Option(help="Sequence lengths or contexts, as 1024,4096 (one of them for seed).")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
     batch_size: Annotated[int, typer.Option(help="Rows.")] = 1,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 9,
     kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 3,

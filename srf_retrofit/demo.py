@@ -37,6 +37,8 @@ PROMPTS = (
     "What is a list in Python?",
     "Explain in two sentences what a function is.",
 )
+# The whole model, window and other exact keys without the features, and the features alone.
+JUDGED = ("full", "no_tail", "tail_only")
 LENGTHS = tuple(2**n for n in range(7, 16))
 
 # What the fresh process runs: nothing but the import and the load that any user would write.
@@ -71,8 +73,8 @@ class DemoSettings:
     output: str = "demo-output"
     overwrite: bool = False
     geometry: str = DEFAULT_GEOMETRY
-    calibration_tokens: int = 8192
-    steps: int = 48
+    calibration_tokens: int = 4096
+    steps: int = 40
     batch_size: int = 1
     length: int = 512
     learning_rate: float = 3e-5
@@ -153,14 +155,14 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         stage.say(str(report))
     with stage("judge_before"):
         results["perplexity"] = {"teacher": judge(teacher, held_out, ("full",), quiet)}
-        results["perplexity"]["zero_shot"] = judge(student, held_out, evaluation.MODES, quiet)
+        results["perplexity"]["zero_shot"] = judge(student, held_out, JUDGED, quiet)
         results["distance"] = {"zero_shot": compare(teacher, student, held_out, quiet)}
         few = held_out.first(max(1, settings.error_tokens // settings.length))
         results["head_error"] = {"zero_shot": evaluation.head_errors(student, few, progress=not quiet)}
     with stage("distil"):
         results["training"] = distil(teacher, student, training, settings, quiet)
     with stage("judge_after"):
-        results["perplexity"]["tuned"] = judge(student, held_out, evaluation.MODES, quiet)
+        results["perplexity"]["tuned"] = judge(student, held_out, JUDGED, quiet)
         results["distance"]["tuned"] = compare(teacher, student, held_out, quiet)
         results["head_error"]["tuned"] = evaluation.head_errors(student, few, progress=not quiet)
     with stage("generate"):

@@ -12,6 +12,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked `gpu` where there is no CUDA device; nothing else is ever skipped."""

@@ -30,7 +30,7 @@ def test_tiny_demo(llama, text, tmp_path) -> None:  # noqa: F811
     assert results["reload"] == {"bit_equal": True, "max_difference": 0.0}
     assert results["distance"]["tuned"]["kl"] < results["distance"]["zero_shot"]["kl"]
     assert set(results["perplexity"]) == {"teacher", "zero_shot", "tuned"}
-    assert set(results["perplexity"]["tuned"]) == {"full", "no_tail", "tail_only", "no_retained"}
+    assert set(results["perplexity"]["tuned"]) == {"full", "no_tail", "tail_only"}
     spans = {cell["tokens"] for row in results["perplexity"].values() for cell in row.values()}
     assert len(spans) == 1
 

@@ -65,18 +65,22 @@ def rank_and_evict(
     device = candidate_priority.device
     arrivals = (h + torch.arange(n * w, device=device)).view(1, 1, n, w).expand(b, g, n, w)
     slots = torch.arange(h, device=device).expand(b, g, h)
+    places = torch.arange(h + w, device=device).expand(b, g, h + w)
     priority = retained_priority
     kept, kept_priority, evicted, evicted_priority = [slots], [priority], [], []
     for i in range(n):
         pool = torch.cat([slots, arrivals[:, :, i]], -1)
         pool_priority = torch.cat([priority, candidate_priority[:, :, i]], -1)
         order = pool_priority.sort(dim=-1, descending=True, stable=True).indices
-        stay, leave = order[..., :h].sort(-1).values, order[..., h:].sort(-1).values
-        slots, priority = pool.gather(-1, stay), pool_priority.gather(-1, stay)
+        rank = torch.empty_like(order).scatter_(-1, order, places)
+        # Those that stay, then those that leave, each in order of position.
+        order = (rank >= h).sort(dim=-1, stable=True).indices
+        pool, pool_priority = pool.gather(-1, order), pool_priority.gather(-1, order)
+        slots, priority = pool[..., :h], pool_priority[..., :h]
         kept.append(slots)
         kept_priority.append(priority)
-        evicted.append(pool.gather(-1, leave))
-        evicted_priority.append(pool_priority.gather(-1, leave))
+        evicted.append(pool[..., h:])
+        evicted_priority.append(pool_priority[..., h:])
     return (
         torch.stack(kept, 2),
         torch.stack(kept_priority, 2),

@@ -115,10 +115,15 @@ def log_features(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> tor
     (B, G, ..., M)
     """
     b, g = x.shape[:2]
-    flat = x.reshape(b, g, -1, x.shape[-1]) * scaling**0.5
-    out = torch.matmul(flat, folded.weight.mT) + folded.bias.unsqueeze(-2)
-    moved = flat if folded.norm_weight is None else torch.matmul(flat, folded.norm_weight.mT)
+    flat = x.reshape(b, g, -1, x.shape[-1])
+    root = scaling**0.5  # goes to the small factors, to save a pass over the tokens
+    out = torch.matmul(flat, (folded.weight * root).mT).add_(folded.bias.unsqueeze(-2))
+    if folded.norm_weight is not None:
+        moved = torch.matmul(flat, (folded.norm_weight * root).mT)
+    else:
+        moved = flat if folded.norm_bias is None else flat * root
     if folded.norm_bias is not None:
         moved = moved + folded.norm_bias.unsqueeze(-2)
-    out = out - 0.5 * moved.square().sum(-1, keepdim=True)
+    half = 0.5 * scaling if moved is flat else 0.5
+    out = out.sub_(half * moved.square().sum(-1, keepdim=True))
     return out.reshape(*x.shape[:-1], out.shape[-1])

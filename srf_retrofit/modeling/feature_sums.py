@@ -43,7 +43,7 @@ def accumulate_features(
     highest = log_key.detach().amax(-2)  # (B, G, N, M)
     # The references cancel between numerator and denominator, so they carry no gradient.
     reference = torch.cat([mu0.detach().clamp_min(LOG_ZERO).unsqueeze(2), highest], 2).cummax(2).values
-    feature = torch.exp(log_key - reference[:, :, 1:].unsqueeze(-2))  # <= 1, an underflow is a true negligible
+    feature = (log_key - reference[:, :, 1:].unsqueeze(-2)).exp_()  # <= 1, an underflow is a true negligible
     source = torch.cat([s0.unsqueeze(2), torch.matmul(feature.mT, value)], 2)  # (B, G, N + 1, M, D)
     mass = torch.cat([z0.unsqueeze(2), feature.sum(-2)], 2)  # (B, G, N + 1, M)
     # decay[n, p] carries what was added at boundary p to boundary n >= p; every exponent is <= 0.
@@ -91,10 +91,10 @@ def in_block_logits(log_query: torch.Tensor, log_key: torch.Tensor) -> torch.Ten
     diagonal = in_block_logits(q2, k2)
     first, later = k2.select(-3, 0), q2.select(-4, 1)  # (..., w/2, M), (..., R, w/2, M)
     reference = first.detach().amax(-2)
-    key = torch.exp(first - reference.unsqueeze(-2))
+    key = (first - reference.unsqueeze(-2)).exp_()
     later = later + reference[..., None, None, :]
     top = later.detach().amax(-1, keepdim=True)
-    product = torch.matmul(torch.exp(later - top).flatten(-3, -2), key.mT).view(*later.shape[:-1], w // 2)
+    product = torch.matmul((later - top).exp_().flatten(-3, -2), key.mT).view(*later.shape[:-1], w // 2)
     # A key below e^-87 of its half's largest weighs nothing; the clamp keeps its gradient zero instead of 0/0.
     below = product.clamp_min(torch.finfo(product.dtype).tiny).log() + top
     upper = torch.cat([diagonal.select(-4, 0), torch.full_like(below, float("-inf"))], -1)
