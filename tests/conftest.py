@@ -11,7 +11,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from hypothesis import settings
 
+# The same examples every time, and no limit on the time of one: machines differ.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

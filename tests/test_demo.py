@@ -72,7 +72,7 @@ def test_a_reload_that_fails_is_said(tmp_path, llama) -> None:  # noqa: F811
 
 
 @pytest.mark.real
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_real_demo_in_small(tmp_path) -> None:
     out = tmp_path / "out"
     results = demo.run(settings(output=str(out)), quiet=True)

@@ -17,7 +17,7 @@ def test_there_are_notebooks() -> None:
     assert "01_kernel_estimation" in {path.stem for path in NOTEBOOKS}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a directory of its own, so that what a notebook writes with relative paths goes away with it."""
@@ -32,7 +32,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     client = NotebookClient(
-        notebook, timeout=800, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=1700, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
