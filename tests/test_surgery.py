@@ -327,3 +327,17 @@ def test_head_dimension_one_is_refused() -> None:
     model = LlamaForCausalLM(LlamaConfig(**{**build_llama().config.to_dict(), "head_dim": 1, "model_type": "llama"}))
     with pytest.raises(ValueError, match="head_dim must be at least 2, got 1"):
         retrofit(model, CONFIG)
+
+
+def test_a_model_from_a_checkpoint_is_retrofitted_and_reverted(tmp_path):
+    """A loaded configuration carries `model_type` as an attribute of its own, which a change of class leaves behind."""
+    build_llama().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    expected = logits(model, tokens(model, 1, 30))
+    retrofit(model, CONFIG)
+    assert model.config.model_type == "srf_llama"
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "srf_llama"
+    revert(model)
+    assert model.config.model_type == "llama"
+    assert torch.equal(logits(model, tokens(model, 1, 30)), expected)
