@@ -17,6 +17,7 @@ def test_there_are_notebooks() -> None:
     assert "01_kernel_estimation" in {path.stem for path in NOTEBOOKS}
 
 
+@pytest.mark.real
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
