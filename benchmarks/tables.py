@@ -11,14 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from srf_retrofit.report import table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, all columns but the first aligned to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def load(name: str) -> dict[str, Any]:
