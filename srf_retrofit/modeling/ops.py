@@ -17,12 +17,14 @@ from .bidirectional import attend_bidirectional
 from .chunked import attend_segment
 from .configuration import SRFConfig
 from .feature_map import FeatureMap, FoldedMap, fold_feature_map
+from .fused_attention import attend_fused, why_not_fused
+from .fused_call import interpreted
 from .layout import Layout, cut, join, plan_layout
 from .recurrent import attend_token
 from .state import SRFState
 
 ABLATIONS = (None, "no_tail", "tail_only", "no_retained")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 
 def srf_attention(
@@ -73,7 +75,9 @@ def srf_attention(
         Return the state after the last real token of every row (of every document, if packed).
     chunk_size : int, optional
         Tokens per segment; trades memory against speed and changes nothing else.
-    backend : {"auto", "torch"}
+    backend : {"auto", "torch", "triton"}
+        "auto" takes the fused kernels wherever they can run, and PyTorch elsewhere, see `choose_backend`; a backend
+        that is asked for by name and cannot run is refused.
     ablation : {None, "no_tail", "tail_only", "no_retained"}
         For analysis, without a state: leave the features out; estimate every key by features; keep no retained keys.
 
@@ -93,7 +97,8 @@ def srf_attention(
     else:
         with full_precision(q.device):
             maps = fold(feature_map)
-    _check_tensors(q, k, v, maps, chunk_size, backend)
+    _check_tensors(q, k, v, maps, chunk_size)
+    chosen, _ = choose_backend(q, config, causal=causal, backend=backend)
     b, _, length, d = q.shape
     scaling = d**-0.5 if scaling is None else scaling
     if attention_mask is not None:
@@ -120,14 +125,57 @@ def srf_attention(
 
         if not causal:
             return _attend_all(q, k, v, attention_mask, documents, maps, config, scaling, use_tail), None
-        layout = plan_layout(b, length, q.device, config, attention_mask, documents, initial_state, chunk_size)
-        if initial_state is None:
-            initial_state = SRFState.empty(config, rows, k.shape[1], d, dtype=k.dtype, device=k.device)
-        o, state = _walk_segments(q, k, v, layout, initial_state, maps, config, scaling, use_tail)
-    if not output_final_state:
+        if chosen == "triton" and length:
+            o, state = attend_fused(
+                q, k, v, attention_mask, documents, initial_state, maps, config, scaling,
+                use_tail=use_tail, with_state=output_final_state,
+            )  # fmt: skip
+        else:
+            layout = plan_layout(b, length, q.device, config, attention_mask, documents, initial_state, chunk_size)
+            if initial_state is None:
+                initial_state = SRFState.empty(config, rows, k.shape[1], d, dtype=k.dtype, device=k.device)
+            o, state = _walk_segments(q, k, v, layout, initial_state, maps, config, scaling, use_tail)
+    if not output_final_state or state is None:
         return o, None
     stored = SRFState.layout(config, rows, k.shape[1], d, k.dtype)["kv_mean"][1]
     return o, state._replace(kv_mean=state.kv_mean.to(stored))
+
+
+def choose_backend(
+    q: torch.Tensor, config: SRFConfig, *, causal: bool = True, backend: str = "auto"
+) -> tuple[str, str]:
+    """Which implementation serves a call, and why.
+
+    Parameters
+    ----------
+    q : (B, H, L, D)
+        Only its shape, dtype and device matter.
+    config : SRFConfig
+    causal : bool
+    backend : {"auto", "torch", "triton"}
+
+    Returns
+    -------
+    backend : {"torch", "triton"}
+    reason : str
+
+    Raises
+    ------
+    ValueError
+        For another name, or when "triton" is asked for and cannot run; the message says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "torch":
+        return "torch", "asked for"
+    reason = why_not_fused(q, config, causal)
+    if backend == "triton":
+        if reason is not None:
+            raise ValueError(f"backend='triton' cannot run this call: {reason}; backend='torch' can")
+        return "triton", "asked for"
+    if reason is None and interpreted():
+        reason = "Triton's interpreter is for tests: ask for backend='triton' to use it"
+    return ("torch", reason) if reason is not None else ("triton", f"the kernels run on {q.device}")
 
 
 def fold(feature_map: FeatureMap) -> FoldedMap:
@@ -248,9 +296,7 @@ def _ablated(config: SRFConfig, ablation: str | None, has_state: bool) -> SRFCon
     return config
 
 
-def _check_tensors(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, maps: FoldedMap, chunk_size: int | None, backend: str
-) -> None:
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, maps: FoldedMap, chunk_size: int | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v must be (B, heads, L, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     b, heads, length, d = q.shape
@@ -278,8 +324,6 @@ def _check_tensors(
         raise ValueError(f"the feature map must be {expected} for {q.dtype} inputs, got {weight.dtype}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
 def _check_mask(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor | None:

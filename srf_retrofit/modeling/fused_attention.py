@@ -1,0 +1,175 @@
+"""The chunked form through the fused kernels: states in, states out, and when they can serve.
+
+Same inputs and outputs as the PyTorch segments of `ops`; what is differentiable there is differentiable here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .block_tables import plan_blocks, pool_keys
+from .configuration import SRFConfig
+from .feature_map import FoldedMap
+from .feature_sums import LOG_ZERO
+from .fused import HAS_TRITON, attend
+from .fused_call import PURE_BLOCK, interpreted
+from .state import SRFState
+
+# What one program can hold.
+MAX_WINDOW = 128
+MAX_HEAD_DIM = 256
+MAX_FEATURES = 256
+MAX_SINKS = 64
+MAX_RETAINED = 1024
+
+
+def why_not_fused(q: torch.Tensor, config: SRFConfig, causal: bool) -> str | None:
+    """Why the fused kernels cannot serve a call, in words; `None` if they can."""
+    if not HAS_TRITON:
+        return "Triton is not installed (pip install triton)"
+    if q.device.type != "cuda" and not interpreted():
+        return f"tensors are on {q.device}, and the kernels need a CUDA device (or TRITON_INTERPRET=1)"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"there is no kernel for {q.dtype}, only for float32, float16 and bfloat16"
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    if not causal:
+        return "there is no kernel for causal=False"
+    limits = {
+        "window": (config.window, MAX_WINDOW),
+        "num_features": (config.num_features, MAX_FEATURES),
+        "head_dim": (q.shape[-1], MAX_HEAD_DIM),
+        "sinks": (config.sinks, MAX_SINKS),
+        "retained": (config.retained, MAX_RETAINED),
+    }
+    for name, (value, limit) in limits.items():
+        if value > limit:
+            return f"{name}={value} is above the {limit} that the kernels hold"
+    return None
+
+
+def attend_fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    documents: list[tuple[int, int]] | None,
+    state: SRFState | None,
+    maps: FoldedMap,
+    config: SRFConfig,
+    scaling: float,
+    *,
+    use_tail: bool = True,
+    with_state: bool = False,
+) -> tuple[torch.Tensor, SRFState | None]:
+    """Causal attention of whole rows, and the state after them.
+
+    Parameters
+    ----------
+    q : (B, H, L, D); k, v : (B, G, L, D), with L > 0
+    mask : (B, L) bool, optional
+    documents : list of (start, end), optional
+        Bounds of the rows packed into one.
+    state : SRFState, optional
+        Continue from it.
+    maps, config, scaling, use_tail
+        As in `ops.srf_attention`.
+    with_state : bool
+        Return the state after the last real token of every row.
+
+    Returns
+    -------
+    o : (B, H, L, D), the dtype of `q`
+    state : SRFState or None
+    """
+    rows = q.shape[0] if documents is None else len(documents)
+    g, d = k.shape[1], k.shape[3]
+    packed = documents is not None
+    begin = SRFState.empty(config, rows, g, d, dtype=k.dtype, device=k.device) if state is None else state
+    mass = begin.k_sum
+    keys, values = pool_keys(state, k, "key", packed), pool_keys(state, v, "value", packed)
+    h = config.retained
+    place = config.sinks + torch.arange(h, device=q.device, dtype=torch.int32)
+    if packed:
+        extra = keys.shape[2] - k.shape[2]
+        place = place + (torch.arange(rows, device=q.device, dtype=torch.int32) * (extra // rows)).view(-1, 1, 1)
+    slot_token = torch.where(begin.retained_priority > -torch.inf, place.expand(rows, g, h), -1).to(torch.int32)
+    bounds = None if documents is None else [documents[0][0], *(end for _, end in documents)]
+    ints = [config.window, config.sinks, h, config.retention_delay, int(use_tail)]
+    out = attend(
+        q, keys, values, mask, bounds, None if state is None else state.length,
+        begin.kv_mean.to(mass.dtype) * mass.unsqueeze(-1), mass, begin.k_max,
+        begin.window_priority.contiguous(), slot_token, begin.retained_priority.contiguous(),
+        maps.query.weight, maps.query.bias, maps.query.norm_weight, maps.query.norm_bias,
+        maps.key.weight, maps.key.bias, maps.key.norm_weight, maps.key.norm_bias, ints, scaling,
+    )  # fmt: skip
+    if not with_state:
+        return out[0], None
+    return out[0], _final_state(out, keys, values, k, mask, documents, state, begin, config)
+
+
+def _final_state(
+    out: list[torch.Tensor],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    documents: list[tuple[int, int]] | None,
+    state: SRFState | None,
+    begin: SRFState,
+    config: SRFConfig,
+) -> SRFState:
+    """Gather what the rows' states keep from the pool and from what the kernels left at their last boundaries."""
+    w, h = config.window, config.retained
+    total, mass, top = out[1:4]
+    rows = mass.shape[0]
+    tables = plan_blocks(
+        k.shape[0], k.shape[2], w or PURE_BLOCK, config.sinks, k.device, mask=mask, documents=documents,
+        seen=None if state is None else state.length, retained=h, pure=not w,
+    )  # fmt: skip
+    entry = tables.row_block[:-1].long() + torch.arange(rows, device=k.device) + tables.boundary
+    packed = documents is not None
+
+    def gather(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """Rows `token` (rows, G or 1, E) of the pool, zeros where there is none."""
+        token = token.long().expand(rows, x.shape[1], -1)
+        empty = (token < 0).unsqueeze(-1)
+        if packed:
+            head = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
+            taken = x[0][head, token.clamp_min(0)]
+        else:
+            taken = torch.take_along_dim(x, token.clamp_min(0).unsqueeze(-1), 2)
+        return taken.masked_fill(empty, 0.0)
+
+    if documents is None:
+        new = k.shape[2] if mask is None else mask.sum(-1)
+    else:
+        new = torch.tensor([end - start for start, end in documents], device=k.device)
+    seen = begin.length if state is not None else torch.zeros_like(begin.length)
+    after = begin._replace(
+        kv_mean=total / mass.clamp_min(0.5).unsqueeze(-1),
+        k_sum=mass,
+        k_max=top.masked_fill(top <= LOG_ZERO, float("-inf")),
+        sink_key=gather(keys, tables.sink_token.unsqueeze(1)),
+        sink_value=gather(values, tables.sink_token.unsqueeze(1)),
+        length=seen + new,
+    )
+    if w:
+        # The entries on both sides of the boundary; a row that ends with a full block has no second one.
+        last = (tables.row_block[1:] + torch.arange(rows, device=k.device)).long()
+        inside = (entry < last).unsqueeze(-1)
+        under_way = (entry + 1).clamp_max(len(tables.key_token) - 1)
+        token = torch.cat(
+            [tables.key_token[entry], torch.where(inside, tables.key_token[under_way], -1)], -1
+        ).unsqueeze(1)
+        after = after._replace(window_key=gather(keys, token), window_value=gather(values, token))
+        if h:
+            slots, slot_priority, priority = out[9:12]
+            own = priority[under_way].masked_fill(~inside.unsqueeze(-1), float("-inf"))
+            after = after._replace(
+                window_priority=torch.cat([priority[entry], own], -1),
+                retained_key=gather(keys, slots[entry]),
+                retained_value=gather(values, slots[entry]),
+                retained_priority=slot_priority[entry],
+            )
+    return after

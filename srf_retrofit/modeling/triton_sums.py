@@ -1,0 +1,263 @@
+"""Feature sums at every block boundary, and their gradient: runs of blocks side by side, a short scan over the runs.
+
+`sum_runs` adds up each run of blocks by itself, `scan_runs` turns the runs' sums into sums before each run, and
+`write_states` walks each run again from there and writes what the queries of its blocks see. So only the scan is
+serial in the length, and its steps are runs. The gradient goes the same way back.
+
+Everything is referenced to the running maxima `mu` of the log-features of keys already folded, per feature; so every
+exponent is at most 0, and an output never depends on a later key.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # see triton_common
+    raise
+
+from .triton_common import (
+    LOG_ZERO,
+    add_map_gradients,
+    dot,
+    load_matrix,
+    load_rows,
+    load_vector,
+    log_features,
+    log_features_backward,
+    store_rows,
+)
+
+
+@triton.jit
+def folded_tokens(
+    entry, block, g, key_token, key_position, fold_token, block_full,
+    G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr,
+):  # fmt: skip
+    """Tokens that are folded at the end of a block, -1 where there is none: (WP,)."""
+    slot = tl.arange(0, WP)
+    if RETAINED > 0:
+        return tl.load(fold_token + (block * G + g) * W + slot, mask=slot < W, other=-1)
+    source = entry + 1 if PURE else entry
+    token = tl.load(key_token + source * W + slot, mask=slot < W, other=-1)
+    position = tl.load(key_position + source) + slot
+    token = tl.where(position >= SINKS, token, -1)
+    if PURE:
+        return token
+    return tl.where(tl.load(block_full + block) > 0, token, -1)
+
+
+@triton.jit
+def run_kernel(
+    k, v, run_table, block_row, key_token, key_position, fold_token, block_full,
+    weight, weight_low, bias, norm, norm_low, norm_bias, root,
+    run_sum, run_mass, run_max, mean, log_mass, reference,
+    skb, skg, skl, svb, svg, svl, one_batch,
+    G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
+    WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, MATRIX: tl.constexpr,
+    WRITE: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One run of blocks, one key/value head: its sums (`WRITE` false), or the states before each of its blocks."""
+    run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
+    row = tl.load(block_row + first)
+    batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
+    k += batch * skb + g * skg
+    v += batch * svb + g * svg
+    f, dim = tl.arange(0, MP), tl.arange(0, DP)
+    inside = (f < M)[:, None] & (dim < D)[None, :]
+    place = (run * G + g) * M
+    if WRITE:
+        total = load_matrix(run_sum + place * D, M, MP, D, DP)
+        mass = load_vector(run_mass + place, M, MP, 0.0)
+        top = load_vector(run_max + place, M, MP, LOG_ZERO)
+    else:
+        total = tl.zeros((MP, DP), tl.float32)
+        mass = tl.zeros((MP,), tl.float32)
+        top = tl.full((MP,), LOG_ZERO, tl.float32)
+    for i in range(count):
+        block = (first + i).to(tl.int64)
+        entry = block + row
+        if WRITE:
+            safe = tl.maximum(mass, 0.5)
+            here = (block * G + g) * M
+            pointers = mean + here * D + f[:, None] * D + dim[None, :]
+            tl.store(pointers, (total / safe[:, None]).to(mean.dtype.element_ty), mask=inside)
+            here = (entry * G + g) * M
+            tl.store(log_mass + here + f, top + tl.log(safe), mask=f < M)
+            tl.store(reference + here + f, top, mask=f < M)
+        token = folded_tokens(
+            entry, block, g, key_token, key_position, fold_token, block_full, G, W, WP, SINKS, RETAINED, PURE
+        )
+        x = load_rows(k, token, skl, D, DP, OPERAND)
+        b = log_features(
+            x, weight, weight_low, bias, norm, norm_low, norm_bias, root, g, 0.0,
+            M, MP, D, DP, MATRIX, SPLIT, PRECISION,
+        )  # fmt: skip
+        b = tl.where((token >= 0)[:, None], b, float("-inf"))
+        above = tl.maximum(top, tl.max(b, 0))
+        feature = tl.exp(b - above[None, :])
+        decay = tl.exp(top - above)
+        y = load_rows(v, token, svl, D, DP, OPERAND)
+        total = total * decay[:, None] + dot(tl.trans(feature.to(OPERAND)), y, PRECISION)
+        mass = mass * decay + tl.sum(feature, 0)
+        top = above
+    if not WRITE:
+        tl.store(run_sum + place * D + f[:, None] * D + dim[None, :], total, mask=inside)
+        tl.store(run_mass + place + f, mass, mask=f < M)
+        tl.store(run_max + place + f, top, mask=f < M)
+
+
+@triton.jit
+def scan_kernel(
+    row_run, run_sum, run_mass, run_max, start_sum, start_mass, start_max, end_sum, end_mass, end_max,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr,
+):  # fmt: skip
+    """Turn the sums of runs, in place, into the sums before each run; one row, head and `MB` features a program."""
+    row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    f, dim = tl.program_id(2) * MB + tl.arange(0, MB), tl.arange(0, DP)
+    here, inside = f < M, (f < M)[:, None] & (dim < D)[None, :]
+    grid = f[:, None] * D + dim[None, :]
+    place = (row * G + g) * M
+    total = tl.load(start_sum + place * D + grid, mask=inside, other=0.0)
+    mass = tl.load(start_mass + place + f, mask=here, other=0.0)
+    top = tl.maximum(tl.load(start_max + place + f, mask=here, other=LOG_ZERO), LOG_ZERO)
+    low, high = tl.load(row_run + row), tl.load(row_run + row + 1)
+    for i in range(high - low):
+        at = ((low + i).to(tl.int64) * G + g) * M
+        new_total = tl.load(run_sum + at * D + grid, mask=inside, other=0.0)
+        new_mass = tl.load(run_mass + at + f, mask=here, other=0.0)
+        new_top = tl.load(run_max + at + f, mask=here, other=LOG_ZERO)
+        tl.store(run_sum + at * D + grid, total, mask=inside)
+        tl.store(run_mass + at + f, mass, mask=here)
+        tl.store(run_max + at + f, top, mask=here)
+        above = tl.maximum(top, new_top)
+        old, new = tl.exp(top - above), tl.exp(new_top - above)
+        total = total * old[:, None] + new_total * new[:, None]
+        mass = mass * old + new_mass * new
+        top = above
+    tl.store(end_sum + place * D + grid, total, mask=inside)
+    tl.store(end_mass + place + f, mass, mask=here)
+    tl.store(end_max + place + f, top, mask=here)
+
+
+@triton.jit
+def run_gradient_kernel(
+    run_table, block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the sums before each run that comes from the run's own queries."""
+    run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    f, dim = tl.program_id(2) * MB + tl.arange(0, MB), tl.arange(0, DP)
+    here, inside = f < M, (f < M)[:, None] & (dim < D)[None, :]
+    grid = f[:, None] * D + dim[None, :]
+    first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
+    row = tl.load(block_row + first)
+    start = tl.load(reference + ((first + row).to(tl.int64) * G + g) * M + f, mask=here, other=0.0)
+    total = tl.zeros((MB, DP), tl.float32)
+    mass = tl.zeros((MB,), tl.float32)
+    for i in range(count):
+        block = (first + i).to(tl.int64)
+        decay = tl.exp(start - tl.load(reference + ((block + row) * G + g) * M + f, mask=here, other=0.0))
+        at = (block * G + g) * M
+        total += decay[:, None] * tl.load(d_sum + at * D + grid, mask=inside, other=0.0).to(tl.float32)
+        mass += decay * tl.load(d_mass + at + f, mask=here, other=0.0)
+    at = (run * G + g) * M
+    tl.store(run_d_sum + at * D + grid, total, mask=inside)
+    tl.store(run_d_mass + at + f, mass, mask=here)
+
+
+@triton.jit
+def scan_gradient_kernel(
+    row_run, run_table, reference, run_d_sum, run_d_mass, end_d_sum, end_d_mass, start_d_sum, start_d_mass,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr,
+):  # fmt: skip
+    """Turn the runs' gradients, in place, into the gradient of the sums after each run; from the last run back."""
+    row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    f, dim = tl.program_id(2) * MB + tl.arange(0, MB), tl.arange(0, DP)
+    here, inside = f < M, (f < M)[:, None] & (dim < D)[None, :]
+    grid = f[:, None] * D + dim[None, :]
+    place = (row * G + g) * M
+    total = tl.load(end_d_sum + place * D + grid, mask=inside, other=0.0)
+    mass = tl.load(end_d_mass + place + f, mask=here, other=0.0)
+    low, high = tl.load(row_run + row), tl.load(row_run + row + 1)
+    for back in range(high - low):
+        run = (high - 1 - back).to(tl.int64)
+        at = (run * G + g) * M
+        new_total = tl.load(run_d_sum + at * D + grid, mask=inside, other=0.0)
+        new_mass = tl.load(run_d_mass + at + f, mask=here, other=0.0)
+        tl.store(run_d_sum + at * D + grid, total, mask=inside)
+        tl.store(run_d_mass + at + f, mass, mask=here)
+        # The sums before the run's first block, and those after its last, have these references.
+        entry = tl.load(run_table + 2 * run) + row
+        after = entry + tl.load(run_table + 2 * run + 1)
+        decay = tl.exp(
+            tl.load(reference + (entry * G + g) * M + f, mask=here, other=0.0)
+            - tl.load(reference + (after * G + g) * M + f, mask=here, other=0.0)
+        )
+        total = total * decay[:, None] + new_total
+        mass = mass * decay + new_mass
+    tl.store(start_d_sum + place * D + grid, total, mask=inside)
+    tl.store(start_d_mass + place + f, mass, mask=here)
+
+
+@triton.jit
+def fold_gradient_kernel(
+    k, v, dk, dv, run_table, block_row, key_token, key_position, fold_token, block_full,
+    weight, weight_low, bias, norm, norm_low, norm_bias, root,
+    reference, d_sum, d_mass, run_d_sum, run_d_mass, d_weight, d_bias, d_norm, d_norm_bias,
+    skb, skg, skl, svb, svg, svl, sgb, sgg, sgl, one_batch,
+    G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
+    WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, MATRIX: tl.constexpr,
+    MAP_GRADIENT: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk a run back and add to `dk` and `dv` what the folded keys and values contributed to all later states."""
+    run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
+    row = tl.load(block_row + first)
+    batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
+    k += batch * skb + g * skg
+    v += batch * svb + g * svg
+    dk += batch * sgb + g * sgg
+    dv += batch * sgb + g * sgg
+    f, dim = tl.arange(0, MP), tl.arange(0, DP)
+    inside = (f < M)[:, None] & (dim < D)[None, :]
+    place = (run * G + g) * M
+    total = load_matrix(run_d_sum + place * D, M, MP, D, DP)
+    mass = load_vector(run_d_mass + place, M, MP, 0.0)
+    # Padded features get a reference that no key reaches.
+    above = load_vector(reference + ((first + count + row).to(tl.int64) * G + g) * M, M, MP, 1e30)
+    for back in range(count):
+        block = (first + count - 1 - back).to(tl.int64)
+        entry = block + row
+        token = folded_tokens(
+            entry, block, g, key_token, key_position, fold_token, block_full, G, W, WP, SINKS, RETAINED, PURE
+        )
+        x = load_rows(k, token, skl, D, DP, OPERAND)
+        y = load_rows(v, token, svl, D, DP, OPERAND)
+        b = log_features(
+            x, weight, weight_low, bias, norm, norm_low, norm_bias, root, g, 0.0,
+            M, MP, D, DP, MATRIX, SPLIT, PRECISION,
+        )  # fmt: skip
+        feature = tl.exp(tl.where((token >= 0)[:, None], b, float("-inf")) - above[None, :])
+        grad = total.to(OPERAND)
+        new_dv = dot(feature.to(OPERAND), grad, PRECISION)
+        d_log = feature * (dot(y, tl.trans(grad), PRECISION) + mass[None, :])
+        new_dk = log_features_backward(
+            d_log, x, weight, norm, norm_low, norm_bias, root, g, M, MP, D, DP, MATRIX, PRECISION
+        )
+        if MAP_GRADIENT:
+            add_map_gradients(
+                d_log, x, norm, norm_low, norm_bias, root, g, d_weight, d_bias, d_norm, d_norm_bias,
+                M, MP, D, DP, MATRIX, PRECISION,
+            )  # fmt: skip
+        # Every key is folded at most once, so nobody else writes these rows now.
+        store_rows(dk, token, sgl, load_rows(dk, token, sgl, D, DP, tl.float32) + new_dk, D, DP)
+        store_rows(dv, token, sgl, load_rows(dv, token, sgl, D, DP, tl.float32) + new_dv, D, DP)
+        below = load_vector(reference + (entry * G + g) * M, M, MP, 1e30)
+        decay = tl.exp(below - above)
+        at = (block * G + g) * M
+        own = tl.load(d_sum + at * D + f[:, None] * D + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        total = total * decay[:, None] + own
+        mass = mass * decay + load_vector(d_mass + at, M, MP, 0.0)
+        above = below
