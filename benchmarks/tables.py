@@ -1,6 +1,8 @@
 """Write the measured tables of README.md from the results kept in benchmarks/results/.
 
-`python benchmarks/tables.py` rewrites the marked blocks, `--check` fails if they differ from the results.
+`python benchmarks/tables.py` rewrites the marked blocks, `--check` fails if they differ from the results. Blocks of
+GPU results are written where README.md has their markers; a marked block without its results is an error. Pictures of
+GPU results go to docs/.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from srf_retrofit import benchmark_decode, benchmark_gpu, benchmark_train
+from srf_retrofit.benchmark_plot import short
+from srf_retrofit.measurement import figure
 from srf_retrofit.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,11 +23,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        raise SystemExit(f"README.md shows results that are not there: {path.relative_to(ROOT)}")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def length(tokens: str | int) -> str:
-    return f"{int(tokens) // 1024}k"
+    return short(int(tokens))
 
 
 def demo_table() -> str:
@@ -64,15 +72,73 @@ def decode_table() -> str:
     return table(["time of a step / its time at 1k", *map(length, contexts)], rows)
 
 
+def milliseconds(cell: dict[str, Any] | None) -> str:
+    return figure(cell["milliseconds"]) if cell is not None and "milliseconds" in cell else "-"
+
+
+def attention_gpu_table() -> str:
+    """Milliseconds of attention by shape, pass, operator and length, and the roofline's share at the longest one."""
+    results = load("attention-gpu")
+    lengths = sorted({cell["length"] for cell in results["cells"]})
+    rows = []
+    for shape in dict.fromkeys(cell["shape"] for cell in results["cells"]):
+        heads, _, dimension = shape.partition(",")
+        for key, name in (("forward", "forward"), ("forward_backward", "forward + backward")):
+            for operator, cells in benchmark_gpu.by_operator(results, shape, key).items():
+                measured = [n for n in lengths if "share" in cells.get(n, {})]
+                share = f"{100 * cells[measured[-1]]['share']:.0f} %" if measured else ""
+                title = f"{heads}, d={dimension}, {name}: {benchmark_gpu.title(operator)}"
+                rows.append([title, *(milliseconds(cells.get(n)) for n in lengths), share])
+    header = [f"ms for {results['tokens']:,} tokens, {results['environment']['device']}", *map(length, lengths)]
+    return table([*header, "share of roofline, longest"], rows)
+
+
+def decode_gpu_table() -> str:
+    """Milliseconds a token of whole models by batch and context, ours and the best exact side."""
+    results = load("decode-gpu")
+    contexts = sorted({cell["context"] for cell in results["model"]})
+    rows = []
+    for model, state in results["state"].items():
+        for batch in benchmark_decode.batches_of(results, model):
+            for side, cells in benchmark_decode.by_side(results, model, batch).items():
+                if any("milliseconds" in cell for cell in cells.values()):
+                    title = f"{model}, batch {batch:,}: {benchmark_decode.SIDES[side]}"
+                    rows.append([title, *(milliseconds(cells.get(n)) for n in contexts)])
+        rows.append([f"{model}: state in tokens of cache", *[f"{state['kv_tokens']:.0f}"] * len(contexts)])
+    return table([f"ms a token, {results['environment']['device']}", *map(length, contexts)], rows)
+
+
+def train_gpu_table() -> str:
+    """Tokens per second and peak memory of training steps by length."""
+    results = load("train-gpu")
+    rows = []
+    for objective, cells in benchmark_train.by_objective(results).items():
+        for n, cell in sorted(cells.items()):
+            if "tokens_per_second" in cell:
+                speed = f"{cell['tokens_per_second']:,.0f}"
+                memory = f"{cell['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in cell else ""
+                rows.append([benchmark_train.OBJECTIVES[objective], length(n), speed, memory])
+    title = f"{results['model']}, {results['tokens']:,} tokens a step, {results['environment']['device']}"
+    return table([title, "length", "tokens/s", "peak GiB"], rows)
+
+
 BLOCKS = {"demo": demo_table, "attention": attention_table, "decode": decode_table}
+PICTURES: dict[str, Any] = {
+    "attention-gpu": benchmark_gpu,
+    "decode-gpu": benchmark_decode,
+    "train-gpu": benchmark_train,
+}
+GPU_BLOCKS = {"attention-gpu": attention_gpu_table, "decode-gpu": decode_gpu_table, "train-gpu": train_gpu_table}
 
 
 def render(text: str) -> str:
     """`text` with every marked block replaced by its table."""
-    for name, make in BLOCKS.items():
+    for name, make in {**BLOCKS, **GPU_BLOCKS}.items():
         begin, end = f"<!-- {name}: from benchmarks/results -->", f"<!-- end {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
         if not pattern.search(text):
+            if name in GPU_BLOCKS and begin not in text:
+                continue
             raise SystemExit(f"README.md has no block {name!r}")
         block = f"{begin}\n{make()}\n{end}"
         text = pattern.sub(lambda _, block=block: block, text)
@@ -88,6 +154,9 @@ def main() -> None:
             raise SystemExit("README.md differs from benchmarks/results: run python benchmarks/tables.py")
         return
     path.write_text(new, encoding="utf-8")
+    for name, module in PICTURES.items():
+        if (RESULTS / f"{name}.json").is_file():
+            module.plot_result(load(name), ROOT / "docs" / f"{name}.png")
 
 
 if __name__ == "__main__":

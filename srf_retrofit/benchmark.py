@@ -26,6 +26,7 @@ from .measurement import (
     Triple,
     attention_call,
     check_operator,
+    check_output,
     environment,
     figure,
     finish,
@@ -307,8 +308,7 @@ def _begin(
     if not variants or "softmax" in variants:
         raise ValueError(f"variants must name at least one configuration, and none 'softmax'; got {list(variants)}")
     positive_sizes("repeats", (repeats,))
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        raise ValueError(f"output {output}: {Path(output).absolute().parent} is not a directory")
+    check_output(output)
     configs = {key: config.to_dict() for key, config in variants.items()}
     settings = {"variants": configs, "geometry": geometry, "repeats": repeats}
-    return {"benchmark": name, "environment": environment(sizes), **asdict(sizes), **settings}
+    return {"benchmark": name, "environment": environment(sizes.device), **asdict(sizes), **settings}

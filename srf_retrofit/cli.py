@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from . import recipes
+from . import cli_bench, recipes
 from .modeling.configuration import SRFConfig
 
 # Mistakes of the user and of the machine; anything else is a fault of this package and keeps its traceback.
@@ -275,45 +275,7 @@ def generate(
         typer.echo(text)
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="attention, decode, or seed.")] = "attention",
-    lengths: Annotated[
-        str | None, typer.Option(help="Sequence lengths or contexts, as 1024,4096 (one of them for seed).")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
-    batch_size: Annotated[int, typer.Option(help="Rows.")] = 1,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 9,
-    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 3,
-    head_dim: Annotated[int, typer.Option(help="Head dimension.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    output: Annotated[str | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Time and memory of the operator beside softmax (attention), of a token (decode), or beside the seed's (seed)."""
-    from . import benchmark
-
-    shape: dict[str, Any] = {"batch_size": batch_size, "head_dim": head_dim, "dtype": dtype, "device": device}
-    common: dict[str, Any] = {"repeats": repeats, "output": output, "quiet": as_json, "heads": heads, **shape}
-    sizes = None if lengths is None else _numbers(lengths)
-    if what == "attention":
-        benchmark.attention(lengths=sizes or benchmark.LENGTHS, kv_heads=kv_heads, **common)
-    elif what == "decode":
-        benchmark.decode(contexts=sizes or benchmark.CONTEXTS, kv_heads=kv_heads, **common)
-    elif what == "seed":
-        if sizes is not None and len(sizes) != 1:
-            raise ValueError(f"the seed's operator is measured at one length, got {lengths!r}")
-        benchmark.seed_operator(length=sizes[0] if sizes else 4096, **common)
-    else:
-        raise ValueError(f"bench measures attention, decode or seed, got {what!r}")
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"expected numbers like 1024,4096, got {text!r}")
-    return [int(part) for part in parts]
+app.command()(cli_bench.bench)
 
 
 # What a command's own frame holds that is not a setting.

@@ -30,9 +30,11 @@ from .modeling.feature_map import FeatureMap
 from .modeling.ops import srf_attention
 from .modeling.random_features import stream_seed
 from .testing import assert_close, quadratic_attention, random_feature_map
+from .timing import choose_device, commit, on_gpu
 
 # Ragged, and past every block boundary of the defaults.
 GATE_LENGTH = 197
+_GPU_PACKAGES = ("triton", "fla-core", "srf-attention")
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Call = Callable[[], Any]
@@ -58,8 +60,7 @@ class Shape:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device!r}, but PyTorch sees no CUDA device: use device='cpu'")
+        choose_device(self.device)
 
     def tensors(self, length: int, *, stream: int = 0, requires_grad: bool = False) -> Triple:
         """Standard normal q (B, H, L, D), k and v (B, G, L, D), the same for equal arguments."""
@@ -208,18 +209,22 @@ def _peak_resident() -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
-def environment(sizes: Shape) -> dict[str, Any]:
-    """Versions, device, threads and load: what a figure needs to be compared with another."""
+def environment(device: str) -> dict[str, Any]:
+    """Versions, commit, device, threads and load: what a figure needs to be compared with another."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("srf-retrofit", "transformers"):
+    gpu = is_gpu(device)
+    for package in ("srf-retrofit", "transformers", *(_GPU_PACKAGES if gpu else ())):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    gpu = is_gpu(sizes.device)
-    return {
-        "versions": versions,
-        "device": torch.cuda.get_device_name(sizes.device) if gpu else f"{platform.machine()} CPU",
+    found: dict[str, Any] = {"versions": versions, "commit": commit()}
+    if gpu:
+        cudnn = torch.backends.cudnn.version()
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
+        found["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return found | {
+        "device": torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -228,18 +233,43 @@ def environment(sizes: Shape) -> dict[str, Any]:
 
 def finish(result: dict[str, Any], rows: list[list[str]], output: str | Path | None, quiet: bool) -> dict[str, Any]:
     """Write, print and return a result: the table unless `quiet`, and one line of JSON at the end."""
+    return finish_text(result, aligned(rows), output, quiet)
+
+
+def finish_text(result: dict[str, Any], text: str, output: str | Path | None, quiet: bool) -> dict[str, Any]:
+    """Write, print and return a result: `text` unless `quiet`, and one line of JSON at the end."""
     # Through JSON once, so that what is returned is what is printed: keys are strings.
     line = json.dumps(result, allow_nan=False)
     result = json.loads(line)
     if output is not None:
         write_json(Path(output), result)
     if not quiet:
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            cells = [x.ljust(n) if i < 2 else x.rjust(n) for i, (x, n) in enumerate(zip(row, widths, strict=True))]
-            print("  ".join(cells).rstrip())
+        print(text)
     print(line, flush=True)
     return result
+
+
+def aligned(rows: list[list[str]], left: int = 2) -> str:
+    """A table in plain text; the first `left` columns are aligned left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [x.ljust(n) if i < left else x.rjust(n) for i, (x, n) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def check_output(*paths: str | Path | None) -> None:
+    """Refuse files that cannot be written, before minutes are spent.
+
+    Raises
+    ------
+    ValueError
+        When the directory of one does not exist.
+    """
+    for path in paths:
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"output {path}: {Path(path).absolute().parent} is not a directory")
 
 
 def figure(value: float | None) -> str:
@@ -257,4 +287,4 @@ def positive_sizes(name: str, values: Iterable[int]) -> tuple[int, ...]:
 
 def is_gpu(device: str) -> bool:
     """Whether absolute times are worth reporting there."""
-    return torch.device(device).type == "cuda"
+    return on_gpu(device)

@@ -13,6 +13,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # Settled when Triton is first imported, by whichever test: without a GPU its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples every time, and no limit on the time of one: machines differ.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")

@@ -16,15 +16,18 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Bottom first. A module imports only from floors below its own, or from its own package's siblings below it.
 FLOORS = [
-    {"modeling", "files", "theory"},
-    {"calibration", "callbacks", "data", "recipes"},
-    {"pretrained", "surgery"},
+    {"modeling", "files", "theory", "timing", "benchmark_plot"},
+    {"calibration", "callbacks", "data", "recipes", "roofline"},
+    {"pretrained", "surgery", "rivals"},
     {"teacher", "testing"},
     {"attention_transfer", "evaluation"},
     {"distillation"},
     {"measurement", "report"},
-    {"benchmark"},
-    {"demo"},
+    {"gates"},
+    {"decode_sides"},
+    {"decode_models"},
+    {"benchmark", "benchmark_gpu", "benchmark_decode", "benchmark_train"},
+    {"demo", "cli_bench"},
     {"cli"},
     {"__init__", "__main__"},
 ]

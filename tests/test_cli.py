@@ -135,7 +135,7 @@ def test_bench_ends_in_one_line_of_json(what, keys, tmp_path, monkeypatch) -> No
     monkeypatch.setattr(benchmark, "peak_memory", lambda *a: dict.fromkeys(a[-1], 1.0))
     sizes = ["--lengths", "64" if what == "seed" else "64,128", "--heads", 2, "--kv-heads", 1, "--head-dim", 16]
     path = tmp_path / "bench.json"
-    result = run("bench", what, *sizes, "--repeats", 1, "--output", path, "--json")
+    result = run("bench", what, *sizes, "--device", "cpu", "--repeats", 1, "--output", path, "--json")
     found = json.loads(result.stdout)
     assert keys <= set(found)
     assert json.loads(path.read_text()) == found
@@ -151,9 +151,9 @@ def test_errors_are_one_line(tmp_path, llama, text) -> None:
         return lines[-1]
 
     assert "cannot load" in error("plan", "--model", tmp_path)
-    assert "bench measures attention, decode or seed, got 'speed'" in error("bench", "speed")
-    assert "expected numbers like 1024,4096" in error("bench", "--lengths", "1k")
-    assert "heads=4 must be a multiple" in error("bench", "--heads", 4)
+    assert "bench measures attention, decode, train or seed, got 'speed'" in error("bench", "speed")
+    assert "expected numbers like 1024,4096" in error("bench", "--device", "cpu", "--lengths", "1k")
+    assert "heads=4 must be a multiple" in error("bench", "--device", "cpu", "--heads", 4)
     assert "no output directory" in error("retrofit", "--model", llama)
     assert "window must be >= 0, got -3" in error("plan", "--model", llama, "--window", -3)
     assert "layers must look like 0-3,7" in error("plan", "--model", llama, "--layers", "x")

@@ -43,6 +43,8 @@ class SRFAttention(nn.Module):
         True runs the softmax attention of the original class on the same weights (teacher mode).
     ablation : {None, "no_tail", "tail_only", "no_retained"}
         For evaluation, see `ops.srf_attention`; ignored while `exact`.
+    backend : {"auto", "torch", "triton"}
+        What computes the attention, see `ops.srf_attention`.
     observer : callable or None
         Called in both modes as `observer(q, k, mask)` before every attention: queries (B, H, L, D) and keys
         (B, G, L, D) after rotary embedding, unscaled, and the padding mask (B, L) or None.
@@ -52,6 +54,7 @@ class SRFAttention(nn.Module):
     srf_config: SRFConfig
     exact: bool
     ablation: str | None
+    backend: str = "auto"
     observer: Observer | None
 
     # The original class's own.
@@ -180,6 +183,8 @@ class SRFAttention(nn.Module):
             initial_state=state,
             output_final_state=layer is not None,
             ablation=self.ablation,
+            backend=self.backend,
+            in_place=layer is not None,
         )
         if layer is not None:
             assert final is not None

@@ -104,7 +104,8 @@ class SRFCacheLayer(CacheLayerMixin):
     def store(self, state: SRFState, positions: int) -> None:
         """Take over the state after `positions` more fed positions (a Python int, padding included)."""
         assert self.state is not None
-        self.state.copy_(SRFState(*(t.detach() for t in state)))
+        if state is not self.state:  # a fused step has already overwritten it
+            self.state.copy_(SRFState(*(t.detach() for t in state)))
         if isinstance(self.cumulative_length, torch.Tensor):
             self.cumulative_length.add_(positions)
         else:

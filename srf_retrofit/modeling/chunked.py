@@ -17,11 +17,13 @@ from typing import NamedTuple
 import torch
 
 from .configuration import SRFConfig
-from .feature_map import FoldedMap, log_features
-from .feature_sums import LOG_ZERO, accumulate_features, feature_keys, in_block_logits
+from .feature_attention import attend_features
+from .feature_map import FoldedMap, linear_features, log_features, norm_term
+from .feature_sums import LOG_ZERO, accumulate_features, feature_keys
+from .softmax_parts import attend_parts
 from .state import SRFState
 
-# Block length of the pure form, a power of two: a block's keys meet its queries by halving, see `in_block_logits`.
+# Block length of the pure form, a power of two: a block's keys meet its queries by halving, see `feature_attention`.
 PURE_BLOCK = 32
 
 
@@ -116,13 +118,13 @@ def place_on_grid(state: SRFState, new_tokens: torch.Tensor, num_blocks: int, co
     return Grid(position.view(shape), is_new.view(shape), end // w)
 
 
-def local_priorities(probability: torch.Tensor, grid: Grid, state: SRFState, config: SRFConfig) -> torch.Tensor:
+def local_priorities(log_probability: torch.Tensor, grid: Grid, state: SRFState, config: SRFConfig) -> torch.Tensor:
     """Largest attention probability that each key received so far inside sinks and window.
 
     Parameters
     ----------
-    probability : (B, G, N, R, w, 2w)
-        Of each query over its previous and its own block, normalised over sinks and window.
+    log_probability : (B, G, N, R, w, 2w)
+        Of each query over its previous and its own block, normalised over sinks and window; overwritten.
     grid : Grid
         Only new tokens' queries count, and only keys that are not sinks are ranked.
 
@@ -132,11 +134,14 @@ def local_priorities(probability: torch.Tensor, grid: Grid, state: SRFState, con
         For the block before the segment and each of its blocks.
     """
     w = config.window
-    offset = torch.arange(w, device=probability.device)
-    distance = (w + offset).unsqueeze(-1) - torch.arange(2 * w, device=probability.device)
+    offset = torch.arange(w, device=log_probability.device)
+    distance = (w + offset).unsqueeze(-1) - torch.arange(2 * w, device=log_probability.device)
     ranked = torch.cat([grid.position - w, grid.position], -1) >= config.sinks
     counts = (distance > min(config.retention_delay, w // 2)) & grid.is_new.unsqueeze(-1) & ranked.unsqueeze(-2)
-    received = probability.masked_fill(~counts[:, None, :, None], float("-inf")).amax((3, 4))
+    bias = log_probability.new_zeros(counts.shape).masked_fill_(~counts, float("-inf"))
+    received = log_probability.add_(bias[:, None, :, None]).amax((3, 4))
+    # Keys that no query ranked keep -inf; a probability that underflows is 0.
+    received = received.exp().masked_fill(~counts.any(2)[:, None], float("-inf"))
     received = round_priority(received).to(state.window_priority.dtype)  # (B, G, N, 2w)
     priority = torch.full_like(torch.cat([received[..., :w], received[:, :, :1, :w]], 2), float("-inf"))
     priority[:, :, :2] = state.window_priority.unflatten(-1, (2, w))  # the block before, and the one under way
@@ -180,8 +185,9 @@ def attend_segment(
     o : (B, H, T, D) in the accumulation dtype, meaningful at the new tokens' slots
     state : SRFState
     """
-    w, s, h = block_length(config), config.sinks, config.retained
-    pure = config.is_pure
+    if config.is_pure:
+        return _attend_pure(q, k, v, new_tokens, state, maps, config, scaling, use_tail)
+    w, s, h = config.window, config.sinks, config.retained
     b, heads, t, d = q.shape
     g, n = k.shape[1], t // w
     r = heads // g
@@ -190,7 +196,7 @@ def attend_segment(
 
     qb = q.to(dtype).view(b, g, r, n, w, d).transpose(2, 3).reshape(b, g, n, r * w, d)
     kb, vb = k.view(b, g, n, w, d), v.view(b, g, n, w, d)
-    if continues and not pure:
+    if continues:
         # A block that an earlier call began: its first slots come from the state.
         seen = grid.position[:, :1] < state.length.view(-1, 1, 1)
         seen = seen[:, None, ..., None]
@@ -203,70 +209,60 @@ def attend_segment(
 
     # Logits of the sinks and of the query's own and previous block.
     logits, values = [], []
+    scaled = qb * scaling
     if s:
-        sinks = torch.matmul(qb, state.sink_key.to(dtype).mT.unsqueeze(2)) * scaling
+        sinks = torch.matmul(scaled, state.sink_key.to(dtype).mT.unsqueeze(2))
         visible = torch.arange(s, device=q.device) <= grid.position.unsqueeze(-1)  # (B, N, w, s)
-        logits.append(_mask(sinks, visible, r))
+        logits.append(_hide(sinks, visible, r))
         values.append(state.sink_value.to(dtype).unsqueeze(2).expand(b, g, n, s, d))
     offset = torch.arange(w, device=q.device)
-    is_tail_key = grid.position >= s  # sinks never enter window or features
     log_query = log_features(qb, maps.query, scaling)  # (B, G, N, R w, M)
-    if pure:
-        log_key = log_features(kf, maps.key, scaling)
-        local = in_block_logits(log_query.view(b, g, n, r, w, -1), log_key).flatten(3, 4)
-        logits.append(_mask(local, is_tail_key.unsqueeze(-2).expand(-1, -1, w, -1), r) if s else local)
-        values.append(vf)
-    else:
-        before_k = torch.cat([state.window_key[:, :, None, :w].to(dtype), kf[:, :, :-1]], 2)
-        before_v = torch.cat([state.window_value[:, :, None, :w].to(dtype), vf[:, :, :-1]], 2)
-        local = torch.matmul(qb, torch.cat([before_k, kf], 3).mT) * scaling
-        two_blocks = torch.cat([grid.position - w, grid.position], -1)  # (B, N, 2w)
-        visible = (torch.arange(2 * w, device=q.device) <= w + offset.unsqueeze(-1)) & (two_blocks >= s).unsqueeze(-2)
-        logits.append(_mask(local, visible, r))
-        values.append(torch.cat([before_v, vf], 3))
+    before_k = torch.cat([state.window_key[:, :, None, :w].to(dtype), kf[:, :, :-1]], 2)
+    before_v = torch.cat([state.window_value[:, :, None, :w].to(dtype), vf[:, :, :-1]], 2)
+    local = torch.matmul(scaled, torch.cat([before_k, kf], 3).mT)
+    two_blocks = torch.cat([grid.position - w, grid.position], -1)  # (B, N, 2w)
+    # Sinks never enter window or features.
+    visible = (torch.arange(2 * w, device=q.device) <= w + offset.unsqueeze(-1)) & (two_blocks >= s).unsqueeze(-2)
+    logits.append(_hide(local, visible, r))
+    values.append(torch.cat([before_v, vf], 3))
 
     # Keys that leave the window at each boundary: folded into the features, or kept in a retained slot.
     slots = None
-    if pure:
-        folded_v = vf
-        may_fold = is_tail_key & grid.is_new
-        log_key = log_key.masked_fill(~may_fold[:, None, ..., None], float("-inf"))
-    else:
-        folded_k, folded_v = before_k, before_v
-        may_fold = (grid.position - w >= s)[:, None].expand(b, g, n, w)
-        if h:
-            with torch.no_grad():
-                exact = torch.cat(logits, -1)
-                lse = exact.logsumexp(-1, keepdim=True)
-                probability = torch.exp(exact[..., s:] - lse).view(b, g, n, r, w, 2 * w)
-                priority = local_priorities(probability, grid, state, config)
-                candidates = priority[:, :, :-1].masked_fill(~may_fold, float("-inf"))
-                slots, slot_priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates)
-                may_fold = evicted_priority > float("-inf")
-            pool_k = torch.cat([state.retained_key.to(dtype), before_k.flatten(2, 3)], 2)
-            pool_v = torch.cat([state.retained_value.to(dtype), before_v.flatten(2, 3)], 2)
-            folded_k, folded_v = take_keys(pool_k, evicted), take_keys(pool_v, evicted)
-            retained = torch.matmul(qb, take_keys(pool_k, slots[:, :, :n]).mT) * scaling
-            logits.append(retained.masked_fill(slot_priority[:, :, :n, None] == float("-inf"), float("-inf")))
-            values.append(take_keys(pool_v, slots[:, :, :n]))
-        log_key = log_features(folded_k, maps.key, scaling).masked_fill(~may_fold.unsqueeze(-1), float("-inf"))
+    folded_k, folded_v = before_k, before_v
+    may_fold = (grid.position - w >= s)[:, None].expand(b, g, n, w)
+    if h:
+        with torch.no_grad():
+            log_mass = torch.stack([x.logsumexp(-1, keepdim=True) for x in logits]).logsumexp(0)
+            log_probability = (logits[-1] - log_mass).view(b, g, n, r, w, 2 * w)
+            priority = local_priorities(log_probability, grid, state, config)
+            candidates = priority[:, :, :-1].masked_fill(~may_fold, float("-inf"))
+            slots, slot_priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates)
+            may_fold = evicted_priority > float("-inf")
+        pool_k = torch.cat([state.retained_key.to(dtype), before_k.flatten(2, 3)], 2)
+        pool_v = torch.cat([state.retained_value.to(dtype), before_v.flatten(2, 3)], 2)
+        folded_k, folded_v = take_keys(pool_k, evicted), take_keys(pool_v, evicted)
+        retained = torch.matmul(scaled, take_keys(pool_k, slots[:, :, :n]).mT)
+        empty = slot_priority[:, :, :n, None] == float("-inf")
+        logits.append(retained.add_(retained.new_zeros(empty.shape).masked_fill_(empty, float("-inf"))))
+        values.append(take_keys(pool_v, slots[:, :, :n]))
+    log_key = log_features(folded_k, maps.key, scaling).masked_fill(~may_fold.unsqueeze(-1), float("-inf"))
 
     mass = state.k_sum
     sums = accumulate_features(log_key, folded_v, (state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max))
     if use_tail:
         log_mass, mean_value = feature_keys(sums.values[:, :, :n], sums.mass[:, :, :n], sums.reference[:, :, :n])
-        logits.append(log_query + log_mass.unsqueeze(-2))
+        logits.append(log_query.add_(log_mass.unsqueeze(-2)))
         values.append(mean_value)
     else:
         # Keeps rows with no key at all (padding) finite, as the features do.
         logits.append(log_query.new_full((b, g, n, r * w, 1), LOG_ZERO))
         values.append(vf.new_zeros(b, g, n, 1, d))
-    o = torch.matmul(torch.cat(logits, -1).softmax(-1), torch.cat(values, 3))
+    o = attend_parts(logits, values)
     o = o.view(b, g, n, r, w, d).transpose(2, 3).reshape(b, heads, t, d)
 
     # The state at each row's own end.
     rows = torch.arange(b, device=q.device)
-    boundary = torch.full_like(grid.boundary, n) if pure else grid.boundary
+    boundary = grid.boundary
     final_mass = sums.mass[rows, :, boundary]
     reference = sums.reference[rows, :, boundary]
     new = state._replace(
@@ -275,8 +271,7 @@ def attend_segment(
         k_max=reference.masked_fill(reference <= LOG_ZERO, float("-inf")),
         length=state.length + new_tokens,
     )
-    if not pure:
-        new = _store_window(new, state, kb, vb, boundary)
+    new = _store_window(new, state, kb, vb, boundary)
     if slots is not None:
         final = slots[rows, :, boundary]
         new = new._replace(
@@ -288,11 +283,71 @@ def attend_segment(
     return o, new
 
 
-def _mask(logits: torch.Tensor, visible: torch.Tensor, groups: int) -> torch.Tensor:
-    """`logits` (B, G, N, R w, E) with `-inf` outside `visible` (B or 1, N or 1, w, E), the same for all heads."""
-    shape = logits.shape
-    hidden = ~visible.expand(shape[0], shape[2], -1, -1)[:, None, :, None]
-    return logits.unflatten(3, (groups, -1)).masked_fill(hidden, float("-inf")).flatten(3, 4)
+def _attend_pure(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    new_tokens: torch.Tensor,
+    state: SRFState,
+    maps: FoldedMap,
+    config: SRFConfig,
+    scaling: float,
+    use_tail: bool,
+) -> tuple[torch.Tensor, SRFState]:
+    """`attend_segment` for the form that keeps no exact block: features, and sinks if there are any."""
+    w, s = PURE_BLOCK, config.sinks
+    b, heads, t, d = q.shape
+    g, n = k.shape[1], t // w
+    r = heads // g
+    dtype = state.k_sum.dtype
+    grid = place_on_grid(state, new_tokens, n, config)
+    kb, vb = k.view(b, g, n, w, d), v.view(b, g, n, w, d)
+    state = _store_sinks(state, kb, vb, grid, config)
+    # Token by token, heads of a token side by side: halves of a block are then contiguous.
+    qb = q.to(dtype).view(b, g, r, n, w, d).permute(0, 1, 3, 4, 2, 5).reshape(b, g, n, w * r, d)
+    kf, vf = kb.to(dtype), vb.to(dtype)
+
+    # Beside sinks the norm of a query counts; among features it cancels.
+    log_query = (log_features if s else linear_features)(qb, maps.query, scaling)
+    is_key = (grid.is_new & (grid.position >= s))[:, None, ..., None]
+    log_key = linear_features(kf, maps.key, scaling)
+    log_key = log_key.add_(norm_term(kf, maps.key, scaling).masked_fill(~is_key, float("-inf")))
+    mass = state.k_sum
+    initial = (
+        (state.kv_mean.to(dtype) * mass.unsqueeze(-1)).flatten(0, 1), mass.flatten(0, 1), state.k_max.flatten(0, 1)
+    )  # fmt: skip
+    result = attend_features(log_query.flatten(0, 1), log_key.flatten(0, 1), vf.flatten(0, 1), initial)
+    o = result.output.unflatten(0, (b, g))
+    if not use_tail:
+        o = torch.zeros_like(o)
+    if s:
+        # The features are one more key, of their total mass and their mean value.
+        log_mass = result.log_mass.unflatten(0, (b, g))
+        if not use_tail:
+            log_mass = torch.full_like(log_mass, LOG_ZERO)
+        logits = torch.matmul(qb, state.sink_key.to(dtype).mT.unsqueeze(2)) * scaling
+        seen = torch.arange(s, device=q.device) <= grid.position.unsqueeze(-1)  # (B, N, w, s)
+        seen = seen.repeat_interleave(r, 2)[:, None]
+        share = torch.cat([logits.masked_fill(~seen, float("-inf")), log_mass], -1).softmax(-1)
+        o = share[..., s:] * o + torch.matmul(share[..., :s], state.sink_value.to(dtype).unsqueeze(2))
+    o = o.view(b, g, n * w, r, d).transpose(2, 3).reshape(b, heads, t, d)
+
+    k_sum, reference = (x.unflatten(0, (b, g)) for x in (result.mass, result.reference))
+    return o, state._replace(
+        kv_mean=result.values.unflatten(0, (b, g)) / k_sum.clamp_min(0.5).unsqueeze(-1),
+        k_sum=k_sum,
+        k_max=reference.masked_fill(reference <= LOG_ZERO, float("-inf")),
+        length=state.length + new_tokens,
+    )
+
+
+def _hide(logits: torch.Tensor, visible: torch.Tensor, groups: int) -> torch.Tensor:
+    """`-inf` in `logits` (B, G, N, R w, E), in place, outside `visible` (B or 1, N or 1, w, E), alike for all heads.
+
+    By a sum: unlike a fill it costs one quick pass, and none in backward, where hidden logits have gradient zero.
+    """
+    bias = logits.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+    return logits.add_(bias.repeat(1, 1, groups, 1).unsqueeze(1))
 
 
 def _store_sinks(state: SRFState, kb: torch.Tensor, vb: torch.Tensor, grid: Grid, config: SRFConfig) -> SRFState:

@@ -114,16 +114,29 @@ def log_features(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> tor
     -------
     (B, G, ..., M)
     """
+    return linear_features(x, folded, scaling).add_(norm_term(x, folded, scaling))
+
+
+def linear_features(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> torch.Tensor:
+    """`log_features` without `norm_term`, which is the same for all features and cancels in a query's normaliser."""
     b, g = x.shape[:2]
     flat = x.reshape(b, g, -1, x.shape[-1])
-    root = scaling**0.5  # goes to the small factors, to save a pass over the tokens
-    out = torch.matmul(flat, (folded.weight * root).mT).add_(folded.bias.unsqueeze(-2))
+    # The scale goes to the small factor, to save a pass over the tokens.
+    out = torch.matmul(flat, (folded.weight * scaling**0.5).mT).add_(folded.bias.unsqueeze(-2))
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def norm_term(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> torch.Tensor:
+    """`-|norm_weight x~ + norm_bias|^2 / 2` of `log_features`, (B, G, ..., 1)."""
+    b, g = x.shape[:2]
+    flat = x.reshape(b, g, -1, x.shape[-1])
+    root = scaling**0.5
     if folded.norm_weight is not None:
         moved = torch.matmul(flat, (folded.norm_weight * root).mT)
     else:
         moved = flat if folded.norm_bias is None else flat * root
     if folded.norm_bias is not None:
-        moved = moved + folded.norm_bias.unsqueeze(-2)
+        moved = moved.add_(folded.norm_bias.unsqueeze(-2))
     half = 0.5 * scaling if moved is flat else 0.5
-    out = out.sub_(half * moved.square().sum(-1, keepdim=True))
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    # Negated here rather than subtracted later: the gradient is then summed over features without a copy.
+    return (-half * moved.square().sum(-1, keepdim=True)).reshape(*x.shape[:-1], 1)

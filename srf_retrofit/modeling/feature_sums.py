@@ -1,4 +1,4 @@
-"""What sums of features are to attention: running sums over blocks of keys, pseudo-keys, logits inside a block.
+"""What sums of features are to attention: running sums over blocks of keys, and pseudo-keys.
 
 Shapes as in `feature_map.py`; `N` blocks of `E` keys.
 """
@@ -65,37 +65,3 @@ def feature_keys(sums_value: torch.Tensor, mass: torch.Tensor, reference: torch.
     """
     mass = mass.clamp_min(0.5)
     return reference + mass.log(), sums_value / mass.unsqueeze(-1)
-
-
-def in_block_logits(log_query: torch.Tensor, log_key: torch.Tensor) -> torch.Tensor:
-    """`log sum_r e^{a_ir + b_jr}` for `j <= i` inside blocks, halving them: the lower triangle, `-inf` above it.
-
-    The second half of a block sees all keys of the first half, so their maxima are a reference that is safe for each
-    of its queries, and a matrix product serves; both halves are then blocks of their own. Any reference shared with
-    keys that a query does not see could underflow all that it does see.
-
-    Parameters
-    ----------
-    log_query : (..., R, w, M); log_key : (..., w, M), `w` a power of two
-
-    Returns
-    -------
-    (..., R, w, w)
-    """
-    w = log_key.shape[-2]
-    if w == 1:
-        return (log_query + log_key.unsqueeze(-3)).logsumexp(-1, keepdim=True)
-    # Both halves at once, as a batch dimension of size two before R.
-    q2 = log_query.unflatten(-2, (2, w // 2)).movedim(-3, -4)
-    k2 = log_key.unflatten(-2, (2, w // 2))
-    diagonal = in_block_logits(q2, k2)
-    first, later = k2.select(-3, 0), q2.select(-4, 1)  # (..., w/2, M), (..., R, w/2, M)
-    reference = first.detach().amax(-2)
-    key = (first - reference.unsqueeze(-2)).exp_()
-    later = later + reference[..., None, None, :]
-    top = later.detach().amax(-1, keepdim=True)
-    product = torch.matmul((later - top).exp_().flatten(-3, -2), key.mT).view(*later.shape[:-1], w // 2)
-    # A key below e^-87 of its half's largest weighs nothing; the clamp keeps its gradient zero instead of 0/0.
-    below = product.clamp_min(torch.finfo(product.dtype).tiny).log() + top
-    upper = torch.cat([diagonal.select(-4, 0), torch.full_like(below, float("-inf"))], -1)
-    return torch.cat([upper, torch.cat([below, diagonal.select(-4, 1)], -1)], -2)

@@ -13,13 +13,21 @@ from typing import Any
 import torch
 
 from .block_tables import block_counts
-from .fused_call import PURE_BLOCK, Sizes, begin, on_device, unit_stride
+from .fused_call import PART, PURE_BLOCK, Sizes, begin, on_device, unit_stride
 
 try:
     from .triton_attend import attend_kernel
-    from .triton_attend_backward import key_kernel, query_kernel, state_kernel
+    from .triton_attend_backward import key_kernel, query_kernel, sink_kernel, state_kernel
+    from .triton_pure import in_block_key_kernel
     from .triton_retain import priority_kernel, rank_run_kernel, rank_scan_kernel
-    from .triton_sums import fold_gradient_kernel, run_gradient_kernel, run_kernel, scan_gradient_kernel, scan_kernel
+    from .triton_sums import (
+        fold_gradient_kernel,
+        run_gradient_kernel,
+        run_kernel,
+        scan_gradient_kernel,
+        scan_kernel,
+        state_gradient_kernel,
+    )
 
     HAS_TRITON = True
 except ImportError:
@@ -59,6 +67,7 @@ def _attend(
         Padding mask (B, L), bounds of packed documents, tokens that the rows' states have seen (rows,).
     start_sum, start_mass, start_max : (rows, G, M, D) and (rows, G, M) twice, float32
     window_priority, slot_token, slot_priority : (rows, G, 2w), (rows, G, h) int32, (rows, G, h)
+        What rows continue from; empty where `seen` is not given.
     query_*, key_*
         Both sides of a `FoldedMap`.
     ints
@@ -76,7 +85,6 @@ def _attend(
     call = begin(q, k, mask, documents, seen, folded, ints, scaling)
     s, t = call.sizes, call.tables
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    start_sum, start_mass, start_max = (x.contiguous() for x in (start_sum, start_mass, start_max))
     out = _outputs(q, s, call.blocks, call.rows, keep_zeros=mask is not None)
     (o, end_sum, end_mass, end_max, log_sum, half_norm, mean, log_mass, reference, slots, slot_top, priority, fold) = (
         out
@@ -93,7 +101,7 @@ def _attend(
             )  # fmt: skip
             run_token = q.new_empty(call.runs, s.G, s.H, dtype=torch.int32)
             run_priority = q.new_empty(call.runs, s.G, s.H, dtype=torch.float32)
-            sizes = {"G": s.G, "W": s.W, "WP": s.WP, "H": s.H, "HP": s.HP, "num_warps": 4}
+            sizes = {"G": s.G, "W": s.W, "WP": s.WP, "H": s.H, "HP": s.HP, "START": seen is not None, "num_warps": 4}
 
             def rank(write: bool) -> None:
                 rank_run_kernel[(call.runs, s.G)](
@@ -112,29 +120,29 @@ def _attend(
         run_mass, run_max = (q.new_empty(call.runs, s.G, s.M, dtype=torch.float32) for _ in range(2))
 
         def walk(write: bool) -> None:
-            run_kernel[(call.runs, s.G)](
+            run_kernel[(call.runs, s.G, s.feature_parts)](
                 k, v, t.run_table, t.block_row, t.key_token, t.key_position, fold, t.block_full,
                 *call.key, call.root, run_sum, run_mass, run_max, mean, log_mass, reference,
-                *key_strides, call.one_batch, M=s.M, MP=s.MP, RETAINED=s.H, PURE=s.PURE,
+                *key_strides, call.one_batch, M=s.M, RETAINED=s.H, PURE=s.PURE, PART=PART, FEATURES=min(PART, s.MP),
                 MATRIX=call.maps["KEY_MATRIX"], SPLIT=call.maps["SPLIT"], WRITE=write, **common,
-                num_warps=s.warps(), num_stages=1,
+                num_warps=4, num_stages=1,
             )  # fmt: skip
 
         walk(False)
         scan_kernel[(call.rows, s.G, -(-s.M // s.scan_step()))](
-            t.row_run, run_sum, run_mass, run_max, start_sum, start_mass, start_max, end_sum, end_mass, end_max,
-            G=s.G, M=s.M, D=s.D, DP=s.DP, MB=s.scan_step(), num_warps=4,
+            t.row_run, t.row_block, run_sum, run_mass, run_max, start_sum, start_mass, start_max, end_sum, end_mass,
+            end_max, reference,
+            G=s.G, M=s.M, D=s.D, DP=s.DP, MB=s.scan_step(), START=seen is not None, num_warps=4,
         )  # fmt: skip
         walk(True)
-        last = (t.row_block[1:] + torch.arange(call.rows, device=q.device)).long()
-        reference.index_copy_(0, last, end_max)
+        wide = s.PURE and s.MP >= PART
         heads = s.heads(128 if s.DP > 64 else 64)
         attend_kernel[(call.blocks, s.G, -(-s.R // heads))](
             q, k, v, o, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots,
             *call.query, call.root, *call.key, mean, log_mass, log_sum, half_norm, scaling, call.blocks,
             *q.stride()[:3], *key_strides, *o.stride()[:3], call.one_batch,
-            R=s.R, M=s.M, MP=s.MP, HEADS=heads, SP=s.SP, H=s.H, HP=s.HP, HB=s.HB, PURE=s.PURE, TAIL=s.TAIL,
-            **call.maps, **common, num_warps=s.warps(), num_stages=1,
+            R=s.R, M=s.M, MP=s.MP, HEADS=heads, SP=s.SP, H=s.H, HP=s.HP, PART=PART, PURE=s.PURE,
+            TAIL=s.TAIL, **call.maps, **common, num_warps=8 if heads * s.WP > 64 or wide else 4, num_stages=1,
         )  # fmt: skip
     return out
 
@@ -196,35 +204,43 @@ def _attend_backward(
     split = call.maps["SPLIT"]
     with on_device(q.device):
         delta = torch.empty_like(log_sum)
-        sink_shape = (call.blocks, s.G, s.SINKS, s.D)
-        d_sinks = [q.new_empty(sink_shape, dtype=torch.float32) for _ in range(2)]
+        wide = s.PURE and s.MP >= PART
         heads = s.heads(64)
         tiles = -(-s.R // heads)
-        query_kernel[(call.blocks, s.G)](
-            q, k, v, o, do, dq, dk, dv, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots,
-            *call.query, call.root, *call.key, mean, log_mass, log_sum, half_norm, delta, *d_sinks,
-            *d_query, *d_key, scaling, call.blocks,
-            *query_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *dk.stride()[:3], call.one_batch,
-            R=s.R, M=s.M, MP=s.MP, HEADS=heads, TILES=tiles, SINKS=s.SINKS, SP=s.SP, H=s.H, HP=s.HP, HB=s.HB,
-            PURE=s.PURE, TAIL=s.TAIL, MAP_GRADIENT=with_maps, **call.maps, **common,
-            num_warps=s.warps(), num_stages=1,
+        d_sinks = [q.new_empty(call.blocks, s.G, tiles, s.SINKS, s.D, dtype=torch.float32) for _ in range(2)]
+        query_kernel[(call.blocks, s.G, tiles)](
+            q, k, v, o, do, dq, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots,
+            *call.query, call.root, *call.key, mean, log_mass, log_sum, half_norm, delta, *d_sinks, *d_query,
+            scaling, call.blocks,
+            *query_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], call.one_batch,
+            R=s.R, M=s.M, MP=s.MP, HEADS=heads, TILES=tiles, SINKS=s.SINKS, SP=s.SP, H=s.H, HP=s.HP, PART=PART,
+            PURE=s.PURE, TAIL=s.TAIL, **call.maps, MAP_GRADIENT=with_maps, **common,
+            num_warps=8 if wide else 4, num_stages=1,
         )  # fmt: skip
         d_slots = [torch.zeros_like(dk, dtype=torch.float32) if s.H else dk for _ in range(2)]
         d_sum = torch.empty_like(mean)
         d_mass = q.new_empty(call.blocks, s.G, s.M, dtype=torch.float32)
-        parts = int(s.TAIL) + (-(-s.H // s.HB) if s.H else 0)
-        if parts:
-            state_kernel[(call.blocks, s.G, parts)](
+        tails = s.feature_parts if s.TAIL else 0
+        if tails + s.slot_parts:
+            state_kernel[(call.blocks, s.G, tails + s.slot_parts)](
                 q, k, v, do, t.block_row, t.query_token, slots, *call.query[:3],
                 log_mass, reference, log_sum, half_norm, delta, d_sum, d_mass, *d_slots, scaling, call.blocks,
                 *query_strides, *do.stride()[:3], *d_slots[0].stride()[:3], call.one_batch,
-                R=s.R, M=s.M, MP=s.MP, HEADS=heads, TILES=tiles, H=s.H, HB=s.HB, TAIL=int(s.TAIL), SPLIT=split,
-                **common, num_warps=s.warps(), num_stages=1,
+                R=s.R, M=s.M, MP=s.MP, HEADS=heads, TILES=tiles, H=s.H, HP=s.HP, PART=PART, TAILS=tails, SPLIT=split,
+                **common, num_warps=4, num_stages=1,
             )  # fmt: skip
         if not s.TAIL:
             d_sum.zero_()
             d_mass.zero_()
-        if not s.PURE:
+        if s.PURE:
+            in_block_key_kernel[(call.blocks, s.G)](
+                q, k, v, do, dk, dv, t.block_row, t.query_token, t.key_token, t.key_position,
+                *call.query[:3], *call.key, call.root, log_sum, half_norm, delta, *d_key, call.blocks,
+                *query_strides, *do.stride()[:3], *dk.stride()[:3], call.one_batch,
+                R=s.R, M=s.M, MP=s.MP, SINKS=s.SINKS, PART=PART, KEY_MATRIX=call.maps["KEY_MATRIX"], SPLIT=split,
+                MAP_GRADIENT=with_maps, **common, num_warps=8 if wide else 4, num_stages=1,
+            )  # fmt: skip
+        else:
             key_kernel[(call.blocks + call.rows, s.G)](
                 q, k, v, do, dk, dv, *d_slots, t.entry_table, t.query_token, t.key_token, t.key_position,
                 log_sum, delta, scaling, call.blocks,
@@ -233,32 +249,33 @@ def _attend_backward(
             )  # fmt: skip
         run_d_sum = q.new_empty(call.runs, s.G, s.M, s.D, dtype=torch.float32)
         run_d_mass = q.new_empty(call.runs, s.G, s.M, dtype=torch.float32)
-        step = s.scan_step()
-        scan = {"G": s.G, "M": s.M, "D": s.D, "DP": s.DP, "MB": step, "num_warps": 4}
-        run_gradient_kernel[(call.runs, s.G, -(-s.M // step))](
+        parts = -(-s.M // s.scan_step())
+        scan: dict[str, Any] = {"G": s.G, "M": s.M, "D": s.D, "DP": s.DP, "MB": s.scan_step(), "num_warps": 4}
+        run_gradient_kernel[(call.runs, s.G, parts)](
             t.run_table, t.block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass, **scan
         )
-        scan_gradient_kernel[(call.rows, s.G, -(-s.M // step))](
+        scan_gradient_kernel[(call.rows, s.G, parts)](
             t.row_run, t.run_table, reference, run_d_sum, run_d_mass, end_d_sum, end_d_mass,
             start_d_sum, start_d_mass, **scan,
         )  # fmt: skip
-        fold_gradient_kernel[(call.runs, s.G)](
-            k, v, dk, dv, t.run_table, t.block_row, t.key_token, t.key_position, fold, t.block_full,
-            *call.key, call.root, reference, d_sum, d_mass, run_d_sum, run_d_mass, *d_key,
+        state_gradient_kernel[(call.runs, s.G, parts)](
+            t.run_table, t.block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass, **scan
+        )
+        fold_gradient_kernel[(call.blocks, s.G)](
+            k, v, dk, dv, t.block_row, t.key_token, t.key_position, fold, t.block_full,
+            *call.key, call.root, reference, d_sum, d_mass, *d_key,
             *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], call.one_batch,
-            M=s.M, MP=s.MP, SINKS=s.SINKS, RETAINED=s.H, PURE=s.PURE, MATRIX=call.maps["KEY_MATRIX"], SPLIT=split,
-            MAP_GRADIENT=with_maps, **common, num_warps=s.warps(), num_stages=1,
+            M=s.M, MP=s.MP, SINKS=s.SINKS, RETAINED=s.H, PURE=s.PURE, PART=PART, MATRIX=call.maps["KEY_MATRIX"],
+            SPLIT=split, MAP_GRADIENT=with_maps, **common, num_warps=4, num_stages=1,
         )  # fmt: skip
         if s.H and seen is not None:
-            # Slots that a state brought are in no block, so no program has added their gradients yet.
-            extra = dk.shape[2] - q.shape[2]
-            for grad, slot_grad in zip((dk, dv), d_slots, strict=True):
-                part = slice(s.SINKS, s.SINKS + s.H)
-                view = grad[:, :, :extra].unflatten(2, (-1, s.SINKS + s.H + 2 * s.W))[:, :, :, part]
-                view += slot_grad[:, :, :extra].unflatten(2, (-1, s.SINKS + s.H + 2 * s.W))[:, :, :, part]
+            _add_state_slots((dk, dv), d_slots, s, dk.shape[2] - q.shape[2])
         if s.SINKS:
             for grad, partial in zip((dk, dv), d_sinks, strict=True):
-                _add_sinks(grad, partial, t.block_row, t.sink_token, bool(call.one_batch))
+                sink_kernel[(call.rows, s.G, -(-s.SINKS * s.D // 128))](
+                    grad, partial, t.row_block, t.sink_token, *dk.stride()[:3], call.one_batch,
+                    G=s.G, D=s.D, SINKS=s.SINKS, TILES=tiles, COLUMNS=128, num_warps=4,
+                )  # fmt: skip
     if with_maps:
         for i, x in enumerate(maps):
             if i % 4 in (0, 2) and x.numel():
@@ -284,28 +301,16 @@ def _gradients(
     return [make(q), make_pool(k), make_pool(k), q.new_empty(*sums.shape, s.D, dtype=torch.float32), sums, *maps]
 
 
-def _add_sinks(
-    grad: torch.Tensor, partial: torch.Tensor, block_row: torch.Tensor, sink_token: torch.Tensor, one_batch: bool
+def _add_state_slots(
+    grads: tuple[torch.Tensor, torch.Tensor], d_slots: list[torch.Tensor], s: Sizes, extra: int
 ) -> None:
-    """Add the blocks' partial sums (N, G, s, D) to the rows of `grad` (B, G, L, D) that sinks stand in."""
-    rows, _s = sink_token.shape
-    if len(block_row) == 0:
-        return
-    # Blocks of a row lie together: a reduction per row, in a fixed order where rows are of one length.
-    if partial.shape[0] % rows == 0 and not one_batch:
-        total = partial.unflatten(0, (rows, -1)).sum(1)
-    else:
-        total = partial.new_zeros(rows, *partial.shape[1:]).index_add_(0, block_row.long(), partial)
-    token = sink_token.long()
-    total = total.masked_fill((token < 0)[:, None, :, None], 0.0)  # (rows, G, s, D)
-    token = token.clamp_min(0)
-    if one_batch:
-        grad.index_put_(
-            (torch.zeros_like(token)[:, None], torch.arange(grad.shape[1], device=grad.device)[None, :, None],
-             token[:, None]), total.to(grad.dtype), accumulate=True,
-        )  # fmt: skip
-    else:
-        grad.scatter_add_(2, token[:, None, :, None].expand_as(total), total.to(grad.dtype))
+    """Slots that a state brought are in no block, so no program has added their gradients yet."""
+    for grad, d_slot in zip(grads, d_slots, strict=True):
+        mine, theirs = (
+            x[:, :, :extra].unflatten(2, (-1, s.SINKS + s.H + 2 * s.W))[:, :, :, s.SINKS : s.SINKS + s.H]
+            for x in (grad, d_slot)
+        )
+        mine += theirs
 
 
 _OPERATOR = torch.library.custom_op("srf_retrofit::attend", _attend, mutates_args=())
@@ -313,10 +318,10 @@ _BACKWARD = torch.library.custom_op("srf_retrofit::attend_backward", _attend_bac
 
 
 @_OPERATOR.register_fake
-def _(q, k, v, mask, documents, seen, start_sum, start_mass, *args):
-    (query_weight, ints) = (args[4], args[12])
+def _(q, k, v, mask, documents, seen, *args):
+    query_weight, ints = args[6], args[14]
     w, sinks, h, _, tail = ints
-    rows, g = start_mass.shape[0], k.shape[1]
+    rows, g = q.shape[0] if documents is None else len(documents) - 1, k.shape[1]
     pairs = None if documents is None else list(itertools.pairwise(documents))
     size = w or PURE_BLOCK
     counts = block_counts(rows, q.shape[2], size, pairs, seen is not None and w > 0)
@@ -355,7 +360,8 @@ def _differentiate(ctx: Any, grads: Any, backward: Any) -> tuple:
         q, k, v, mask, ctx.documents, seen, folded, saved, do, d_sum, d_mass, ctx.ints, ctx.scaling, with_maps
     )
     maps = [x if with_maps and like is not None else None for x, like in zip(out[5:], folded, strict=True)]
-    return (*out[:3], None, None, None, out[3], out[4], *[None] * 4, *maps, None, None)
+    start = (None, None) if seen is None else out[3:5]
+    return (*out[:3], None, None, None, *start, *[None] * 4, *maps, None, None)
 
 
 torch.library.register_autograd(

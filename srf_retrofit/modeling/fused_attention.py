@@ -82,30 +82,34 @@ def attend_fused(
     o : (B, H, L, D), the dtype of `q`
     state : SRFState or None
     """
-    rows = q.shape[0] if documents is None else len(documents)
-    g, d = k.shape[1], k.shape[3]
     packed = documents is not None
-    begin = SRFState.empty(config, rows, g, d, dtype=k.dtype, device=k.device) if state is None else state
-    mass = begin.k_sum
     keys, values = pool_keys(state, k, "key", packed), pool_keys(state, v, "value", packed)
-    h = config.retained
-    place = config.sinks + torch.arange(h, device=q.device, dtype=torch.int32)
-    if packed:
-        extra = keys.shape[2] - k.shape[2]
-        place = place + (torch.arange(rows, device=q.device, dtype=torch.int32) * (extra // rows)).view(-1, 1, 1)
-    slot_token = torch.where(begin.retained_priority > -torch.inf, place.expand(rows, g, h), -1).to(torch.int32)
+    start = [q.new_empty(0, dtype=torch.float32)] * 6 if state is None else _start(state, config, packed)
     bounds = None if documents is None else [documents[0][0], *(end for _, end in documents)]
-    ints = [config.window, config.sinks, h, config.retention_delay, int(use_tail)]
+    ints = [config.window, config.sinks, config.retained, config.retention_delay, int(use_tail)]
     out = attend(
         q, keys, values, mask, bounds, None if state is None else state.length,
-        begin.kv_mean.to(mass.dtype) * mass.unsqueeze(-1), mass, begin.k_max,
-        begin.window_priority.contiguous(), slot_token, begin.retained_priority.contiguous(),
+        *start,
         maps.query.weight, maps.query.bias, maps.query.norm_weight, maps.query.norm_bias,
         maps.key.weight, maps.key.bias, maps.key.norm_weight, maps.key.norm_bias, ints, scaling,
     )  # fmt: skip
     if not with_state:
         return out[0], None
-    return out[0], _final_state(out, keys, values, k, mask, documents, state, begin, config)
+    return out[0], _final_state(out, keys, values, k, mask, documents, state, config)
+
+
+def _start(state: SRFState, config: SRFConfig, packed: bool) -> list[torch.Tensor]:
+    """What rows continue from, as `fused.attend` takes it."""
+    rows, g, h = state.retained_priority.shape
+    place = config.sinks + torch.arange(h, device=state.length.device)
+    if packed:
+        extra = config.sinks + h + 2 * config.window
+        place = place + torch.arange(rows, device=state.length.device).view(-1, 1, 1) * extra
+    slot_token = torch.where(state.retained_priority > -torch.inf, place.expand(rows, g, h), -1).to(torch.int32)
+    mass = state.k_sum
+    total = state.kv_mean.to(mass.dtype) * mass.unsqueeze(-1)
+    parts = (total, mass, state.k_max, state.window_priority, slot_token, state.retained_priority)
+    return [x.contiguous() for x in parts]
 
 
 def _final_state(
@@ -116,16 +120,20 @@ def _final_state(
     mask: torch.Tensor | None,
     documents: list[tuple[int, int]] | None,
     state: SRFState | None,
-    begin: SRFState,
     config: SRFConfig,
 ) -> SRFState:
     """Gather what the rows' states keep from the pool and from what the kernels left at their last boundaries."""
     w, h = config.window, config.retained
     total, mass, top = out[1:4]
-    rows = mass.shape[0]
+    rows, g = mass.shape[:2]
+    if state is None:
+        state = SRFState.empty(config, rows, g, k.shape[3], dtype=k.dtype, device=k.device)
+        seen = None
+    else:
+        seen = state.length
     tables = plan_blocks(
         k.shape[0], k.shape[2], w or PURE_BLOCK, config.sinks, k.device, mask=mask, documents=documents,
-        seen=None if state is None else state.length, retained=h, pure=not w,
+        seen=seen, retained=h, pure=not w,
     )  # fmt: skip
     entry = tables.row_block[:-1].long() + torch.arange(rows, device=k.device) + tables.boundary
     packed = documents is not None
@@ -145,14 +153,13 @@ def _final_state(
         new = k.shape[2] if mask is None else mask.sum(-1)
     else:
         new = torch.tensor([end - start for start, end in documents], device=k.device)
-    seen = begin.length if state is not None else torch.zeros_like(begin.length)
-    after = begin._replace(
+    after = state._replace(
         kv_mean=total / mass.clamp_min(0.5).unsqueeze(-1),
         k_sum=mass,
         k_max=top.masked_fill(top <= LOG_ZERO, float("-inf")),
         sink_key=gather(keys, tables.sink_token.unsqueeze(1)),
         sink_value=gather(values, tables.sink_token.unsqueeze(1)),
-        length=seen + new,
+        length=state.length + new,
     )
     if w:
         # The entries on both sides of the boundary; a row that ends with a full block has no second one.

@@ -19,8 +19,8 @@ except ImportError:  # the kernels are then not there either, see `fused`
 
 # Block of the pure form, whose length nothing but speed depends on.
 PURE_BLOCK = 64
-# Slots of retained keys that a program handles at a time.
-SLOT_TILE = 64
+# Keys, features included, that a program takes at a time.
+PART = 64
 
 
 class Sizes(NamedTuple):
@@ -41,14 +41,18 @@ class Sizes(NamedTuple):
     WP = property(lambda self: power(self.W))
     HP = property(lambda self: power(self.H))
     SP = property(lambda self: power(self.SINKS))
-    HB = property(lambda self: min(SLOT_TILE, self.HP))
+
+    @property
+    def feature_parts(self) -> int:
+        return -(-self.MP // PART)
+
+    @property
+    def slot_parts(self) -> int:
+        return -(-self.HP // PART) if self.H else 0
 
     def heads(self, lines: int) -> int:
         """Query heads of one tile of about so many lines, a power of two."""
         return 1 if self.PURE else max(min(lines // self.WP, power(self.R, 1)), 1)
-
-    def warps(self) -> int:
-        return 8 if max(self.DP, self.MP) > 64 else 4
 
     def scan_step(self) -> int:
         """Features that one program of a scan carries."""

@@ -22,6 +22,7 @@ from .fused_call import interpreted
 from .layout import Layout, cut, join, plan_layout
 from .recurrent import attend_token
 from .state import SRFState
+from .triton_decode import decode_step_, refusal
 
 ABLATIONS = (None, "no_tail", "tail_only", "no_retained")
 BACKENDS = ("auto", "torch", "triton")
@@ -43,6 +44,7 @@ def srf_attention(
     chunk_size: int | None = None,
     backend: str = "auto",
     ablation: str | None = None,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, SRFState | None]:
     """Attention with exact sinks, window and retained keys, and simplex random features for every other key.
 
@@ -80,6 +82,8 @@ def srf_attention(
         that is asked for by name and cannot run is refused.
     ablation : {None, "no_tail", "tail_only", "no_retained"}
         For analysis, without a state: leave the features out; estimate every key by features; keep no retained keys.
+    in_place : bool
+        A one-token step may overwrite `initial_state`, and then returns it; spares the fused step a copy.
 
     Returns
     -------
@@ -98,7 +102,8 @@ def srf_attention(
         with full_precision(q.device):
             maps = fold(feature_map)
     _check_tensors(q, k, v, maps, chunk_size)
-    chosen, _ = choose_backend(q, config, causal=causal, backend=backend)
+    step = q.shape[2] == 1 and initial_state is not None
+    chosen, _ = choose_backend(q, config, causal=causal, step=step, backend=backend)
     b, _, length, d = q.shape
     scaling = d**-0.5 if scaling is None else scaling
     if attention_mask is not None:
@@ -118,6 +123,11 @@ def srf_attention(
         no_graph = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
         if length == 1 and causal and documents is None and initial_state is not None and no_graph:
             active = None if attention_mask is None else attention_mask[:, 0]
+            if chosen == "triton":
+                if not in_place:
+                    initial_state = SRFState(*(t.clone() for t in initial_state))
+                o = decode_step_(q, k, v, active, initial_state, maps, config, scaling, use_tail=use_tail)
+                return o, initial_state if output_final_state else None
             o, new_state = attend_token(q, k, v, active, initial_state, maps, config, scaling, use_tail=use_tail)
             if active is not None:
                 o = o.masked_fill(~active.view(-1, 1, 1, 1), 0.0)
@@ -142,7 +152,7 @@ def srf_attention(
 
 
 def choose_backend(
-    q: torch.Tensor, config: SRFConfig, *, causal: bool = True, backend: str = "auto"
+    q: torch.Tensor, config: SRFConfig, *, causal: bool = True, step: bool = False, backend: str = "auto"
 ) -> tuple[str, str]:
     """Which implementation serves a call, and why.
 
@@ -152,6 +162,8 @@ def choose_backend(
         Only its shape, dtype and device matter.
     config : SRFConfig
     causal : bool
+    step : bool
+        Whether the call is one token that continues a state.
     backend : {"auto", "torch", "triton"}
 
     Returns
@@ -169,6 +181,8 @@ def choose_backend(
     if backend == "torch":
         return "torch", "asked for"
     reason = why_not_fused(q, config, causal)
+    if reason is None and step:
+        reason = refusal(config, q.shape[-1], q.dtype, q.device)
     if backend == "triton":
         if reason is not None:
             raise ValueError(f"backend='triton' cannot run this call: {reason}; backend='torch' can")

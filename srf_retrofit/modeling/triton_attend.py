@@ -17,17 +17,16 @@ except ImportError:  # see triton_common
 from .triton_common import (
     LOG_ZERO,
     dot,
-    load_matrix,
+    half_norm_of,
+    load_part,
     load_rows,
     load_rows_of_heads,
     load_vector,
-    log_features,
-    moved,
     project,
     store_rows_of_heads,
 )
 from .triton_pure import in_block_logits
-from .triton_retain import local_logits
+from .triton_retain import local_keys, local_logits
 
 
 @triton.jit
@@ -41,16 +40,18 @@ def absorb(logits, values, top, mass, total, OPERAND: tl.constexpr, PRECISION: t
 
 
 @triton.jit
-def sink_logits(
-    q, k, row, position, place, sink_token, scaling, skl, SINKS: tl.constexpr, SP: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Logits of the row's sinks, (N, SP), `-inf` where there is none yet."""
-    sinks = tl.arange(0, SP)
-    token = tl.load(sink_token + row * SINKS + sinks, mask=sinks < SINKS, other=-1)
-    logits = dot(q, tl.trans(load_rows(k, token, skl, D, DP, OPERAND)), PRECISION) * scaling
-    seen = (token >= 0)[None, :] & (sinks[None, :] <= (position + place)[:, None])
+def sink_logits(q, keys, token, position, place, scaling, SP: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits of a row's sinks, (N, SP), `-inf` where there is none yet."""
+    logits = dot(q, tl.trans(keys), PRECISION) * scaling
+    seen = (token >= 0)[None, :] & (tl.arange(0, SP)[None, :] <= (position + place)[:, None])
     return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def load_sinks(sink_token, row, SINKS: tl.constexpr, SP: tl.constexpr):
+    """Tokens of a row's sinks, -1 where there is none."""
+    sinks = tl.arange(0, SP)
+    return tl.load(sink_token + row * SINKS + sinks, mask=sinks < SINKS, other=-1)
 
 
 @triton.jit
@@ -62,13 +63,13 @@ def attend_kernel(
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, one_batch,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, SINKS: tl.constexpr, SP: tl.constexpr,
-    H: tl.constexpr, HP: tl.constexpr, HB: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
+    H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
     MATRIX: tl.constexpr, KEY_MATRIX: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of `HEADS` heads of a block; `log_sum` and `half_norm` (H, N W) are what the backward pass starts from.
 
-    `half_norm` is the part `|q'|^2 / 2` of a query's log-features, which saves its backward a product.
+    All keys, features included, come in parts of at most `PART`.
     """
     block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row = tl.load(block_row + block)
@@ -87,54 +88,57 @@ def attend_kernel(
     top = tl.full((HEADS * WP,), LOG_ZERO, tl.float32)
     mass = tl.full((HEADS * WP,), 1.0, tl.float32)
     total = tl.zeros((HEADS * WP, DP), tl.float32)
-    half = tl.zeros((HEADS * WP,), tl.float32)
-    if TAIL or PURE:
-        y = moved(x, norm, norm_low, norm_bias, root, g, D, DP, MATRIX, SPLIT, PRECISION)
-        half = 0.5 * tl.sum(y * y, 1)
-        a = project(x, weight, weight_low, g, M, MP, D, DP, SPLIT, PRECISION) - half[:, None]
-        a += load_vector(bias + g * M, M, MP, float("-inf"))[None, :]
+    FEATURES: tl.constexpr = min(PART, MP)
+    half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
     if TAIL:
-        logits = a + load_vector(log_mass + (entry * G + g) * M, M, MP, 0.0)[None, :]
-        values = load_matrix(mean + (block * G + g) * M * D, M, MP, D, DP).to(OPERAND)
-        top, mass, total = absorb(logits, values, top, mass, total, OPERAND, PRECISION)
+        for start in range(0, MP, FEATURES):
+            shift = load_vector(bias + g * M, start, M, FEATURES, float("-inf"))
+            shift += load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
+            logits = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+            logits += shift[None, :] - half[:, None]
+            values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
+            top, mass, total = absorb(logits, values, top, mass, total, OPERAND, PRECISION)
     if SINKS > 0:
-        logits = sink_logits(x, k, row, position, place, sink_token, scaling, skl, SINKS, SP, D, DP, OPERAND, PRECISION)
-        sinks = tl.arange(0, SP)
-        at = tl.load(sink_token + row * SINKS + sinks, mask=sinks < SINKS, other=-1)
-        top, mass, total = absorb(logits, load_rows(v, at, svl, D, DP, OPERAND), top, mass, total, OPERAND, PRECISION)
+        sink_at = load_sinks(sink_token, row, SINKS, SP)
+        sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
+        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
+        sink_values = load_rows(v, sink_at, svl, D, DP, OPERAND)
+        top, mass, total = absorb(exact, sink_values, top, mass, total, OPERAND, PRECISION)
     if H > 0:
-        for start in tl.static_range(0, HP, HB):
-            slot = start + tl.arange(0, HB)
-            at = tl.load(slot_token + (entry * G + g) * H + slot, mask=slot < H, other=-1)
-            logits = dot(x, tl.trans(load_rows(k, at, skl, D, DP, OPERAND)), PRECISION) * scaling
-            logits = tl.where((at >= 0)[None, :], logits, float("-inf"))
-            top, mass, total = absorb(
-                logits, load_rows(v, at, svl, D, DP, OPERAND), top, mass, total, OPERAND, PRECISION
-            )
+        SLOTS: tl.constexpr = min(PART, HP)
+        for start in range(0, HP, SLOTS):
+            slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
+            slot_logits = dot(x, tl.trans(load_rows(k, slot_at, skl, D, DP, OPERAND)), PRECISION) * scaling
+            slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
+            slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
+            top, mass, total = absorb(slot_logits, slot_values, top, mass, total, OPERAND, PRECISION)
     if PURE:
-        slot = tl.arange(0, WP)
-        at = tl.load(key_token + (entry + 1) * W + slot, mask=slot < W, other=-1)
-        at = tl.where(position + slot >= SINKS, at, -1)
-        keys = load_rows(k, at, skl, D, DP, OPERAND)
-        b = log_features(
-            keys, key_weight, key_weight_low, key_bias, key_norm, key_norm_low, key_norm_bias, root, g, 0.0,
-            M, MP, D, DP, KEY_MATRIX, SPLIT, PRECISION,
-        )  # fmt: skip
-        b = tl.where((at >= 0)[:, None], b, float("-inf"))
-        logits = in_block_logits(a, b, WP, MP, OPERAND, PRECISION)
-        logits = tl.where((at >= 0)[None, :], logits, float("-inf"))
-        top, mass, total = absorb(logits, load_rows(v, at, svl, D, DP, OPERAND), top, mass, total, OPERAND, PRECISION)
-    else:
-        column = tl.arange(0, 2 * WP)
-        slot = column % WP
-        at = tl.load(key_token + (entry + column // WP) * W + slot, mask=slot < W, other=-1)
-        logits = local_logits(
-            x, k, entry, key_token, position, scaling, skl, W, WP, HEADS, D, DP, SINKS, OPERAND, PRECISION
+        own_at, _own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
+        own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
+        own_values = load_rows(v, own_at, svl, D, DP, OPERAND)
+        key_half = half_norm_of(
+            own_keys, key_norm, key_norm_low, key_norm_bias, root, g, D, DP, min(PART, DP), KEY_MATRIX, SPLIT, PRECISION
         )
-        top, mass, total = absorb(logits, load_rows(v, at, svl, D, DP, OPERAND), top, mass, total, OPERAND, PRECISION)
+        # The parts of a key's weight that come from different features are further keys with the same value.
+        for start in range(0, MP, FEATURES):
+            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
+            b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+            b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - key_half[:, None]
+            b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
+            own_logits = in_block_logits(a, b, WP, OPERAND, PRECISION)
+            own_logits = tl.where((own_at >= 0)[None, :], own_logits, float("-inf"))
+            top, mass, total = absorb(own_logits, own_values, top, mass, total, OPERAND, PRECISION)
+    else:
+        LOCAL: tl.constexpr = min(PART, 2 * WP)
+        for start in range(0, 2 * WP, LOCAL):
+            near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)
+            near_keys = load_rows(k, near_at, skl, D, DP, OPERAND)
+            near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
+            near_values = load_rows(v, near_at, svl, D, DP, OPERAND)
+            top, mass, total = absorb(near_logits, near_values, top, mass, total, OPERAND, PRECISION)
 
     store_rows_of_heads(o + batch * sob + head * soh, token, sol, total / mass[:, None], D, DP)
     at = head * (blocks * W) + block * W + place
     tl.store(log_sum + at, top + tl.log(mass), mask=token >= 0)
-    if TAIL or PURE:
-        tl.store(half_norm + at, half, mask=token >= 0)
+    tl.store(half_norm + at, half, mask=token >= 0)

@@ -1,11 +1,14 @@
 """Gradients of the attention of a block: of its queries, of the states they saw, of the exact keys they saw.
 
-Three passes recompute the probabilities `p = e^{logit - log_sum}` from what the forward pass kept (one number a query
-each of `log_sum` and `half_norm`):
+Three passes recompute the probabilities `p = e^{logit - log_sum}` from what the forward pass kept (two numbers a
+query, `log_sum` and `half_norm`):
 
-- `query_kernel`: gradient of the queries, of the sinks, and in the pure form of the block's own keys;
+- `query_kernel`: gradient of the queries and of the sinks;
 - `state_kernel`: gradient of the feature sums at the block's start, and of retained keys;
 - `key_kernel`: gradient of a block's keys from the queries of that block and the next.
+
+In the pure form the pairs inside a block go through features, and `triton_pure.in_block_key_kernel` takes the place of
+`key_kernel`.
 """
 
 from __future__ import annotations
@@ -16,49 +19,50 @@ try:
 except ImportError:  # see triton_common
     raise
 
-from .triton_attend import sink_logits
+from .triton_attend import load_sinks, sink_logits
 from .triton_common import (
-    add_map_gradients,
+    LOG_ZERO,
+    add_weight_gradient,
     dot,
-    load_matrix,
+    half_norm_of,
+    load_part,
     load_rows,
     load_rows_of_heads,
     load_vector,
-    log_features,
-    log_features_backward,
+    norm_gradient,
     project,
+    store_part,
     store_rows,
     store_rows_of_heads,
+    store_vector,
 )
-from .triton_pure import in_block_gradient
-from .triton_retain import local_logits
+from .triton_pure import in_block_query_gradient
+from .triton_retain import local_keys, local_logits
 
 
 @triton.jit
-def exact_gradient(logits, do, delta, log_sum, keys, values, scaling, PRECISION: tl.constexpr):
-    """Probabilities of exact keys, gradient of their logits before scaling, and what it adds to the queries'."""
+def exact_gradient(logits, do, delta, log_sum, values, scaling, PRECISION: tl.constexpr):
+    """Probabilities of exact keys, and the gradient of their logits before scaling."""
     p = tl.exp(logits - log_sum[:, None])
-    d_logits = p * (dot(do, tl.trans(values), PRECISION) - delta[:, None]) * scaling
-    return p, d_logits, dot(d_logits.to(keys.dtype), keys, PRECISION)
+    return p, p * (dot(do, tl.trans(values), PRECISION) - delta[:, None]) * scaling
 
 
 @triton.jit
 def query_kernel(
-    q, k, v, o, do, dq, dk, dv, block_row, query_token, key_token, key_position, sink_token, slot_token,
+    q, k, v, o, do, dq, block_row, query_token, key_token, key_position, sink_token, slot_token,
     weight, weight_low, bias, norm, norm_low, norm_bias, root,
     key_weight, key_weight_low, key_bias, key_norm, key_norm_low, key_norm_bias,
-    mean, log_mass, log_sum, half_norm, delta, d_sink_key, d_sink_value,
-    d_weight, d_bias, d_norm, d_norm_bias, d_key_weight, d_key_bias, d_key_norm, d_key_norm_bias,
+    mean, log_mass, log_sum, half_norm, delta, d_sink_key, d_sink_value, d_weight, d_bias, d_norm, d_norm_bias,
     scaling, blocks,
-    sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, sdb, sdh, sdl, seb, seh, sel, sgb, sgg, sgl, one_batch,
+    sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, sdb, sdh, sdl, seb, seh, sel, one_batch,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
-    SP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, HB: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
+    SP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
     MATRIX: tl.constexpr, KEY_MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dq` and `delta = do . o` of a block; partial sums of the sinks' gradients; `dk`, `dv` in the pure form."""
-    block, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """`dq` and `delta = do . o` of a tile; its part of the sinks' gradients, (N, G, TILES, SINKS, D)."""
+    block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row = tl.load(block_row + block)
     entry = block + row
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
@@ -67,112 +71,106 @@ def query_kernel(
     position = tl.load(key_position + entry + 1)
     line = tl.arange(0, HEADS * WP)
     place = line % WP
-    block_token = tl.load(query_token + block * W + place, mask=place < W, other=-1)
-    sinks = tl.arange(0, SP)
-    if SINKS > 0:
-        sink_at = tl.load(sink_token + row * SINKS + sinks, mask=sinks < SINKS, other=-1)
-        dsk = tl.zeros((SP, DP), tl.float32)
-        dsv = tl.zeros((SP, DP), tl.float32)
-    if PURE:
-        slot = tl.arange(0, WP)
-        all_own_at = tl.load(key_token + (entry + 1) * W + slot, mask=slot < W, other=-1)
-        own_at = tl.where(position + slot >= SINKS, all_own_at, -1)
-        db = tl.zeros((WP, MP), tl.float32)
-        dv_own = tl.zeros((WP, DP), tl.float32)
-    for tile in range(TILES):
-        head = tile * HEADS + line // WP
-        token = tl.where(head < R, block_token, -1)
-        head = (g * R + head).to(tl.int64)
-        x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
-        dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
-        y = load_rows_of_heads(o + batch * sob + head * soh, token, sol, D, DP, tl.float32)
-        dl = tl.sum(dy.to(tl.float32) * y, 1)
-        cell = head * (blocks * W) + block * W + place
-        tl.store(delta + cell, dl, mask=token >= 0)
-        # Lines without a query get a normaliser that nothing reaches.
-        ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
-        dx = tl.zeros((HEADS * WP, DP), tl.float32)
+    head = tile * HEADS + line // WP
+    token = tl.load(query_token + block * W + place, mask=(place < W) & (head < R), other=-1)
+    head = (g * R + head).to(tl.int64)
+    dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
+    y = load_rows_of_heads(o + batch * sob + head * soh, token, sol, D, DP, tl.float32)
+    dl = tl.sum(dy.to(tl.float32) * y, 1)
+    cell = head * (blocks * W) + block * W + place
+    tl.store(delta + cell, dl, mask=token >= 0)
+    x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
+    # Lines without a query get a normaliser that nothing reaches.
+    ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
+    dx = tl.zeros((HEADS * WP, DP), tl.float32)
 
-        if SINKS > 0:
-            keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
-            values = load_rows(v, sink_at, svl, D, DP, OPERAND)
-            logits = sink_logits(
-                x, k, row, position, place, sink_token, scaling, skl, SINKS, SP, D, DP, OPERAND, PRECISION
-            )
-            p, d_logits, more = exact_gradient(logits, dy, dl, ls, keys, values, scaling, PRECISION)
-            dx += more
-            dsk += dot(tl.trans(d_logits.to(OPERAND)), x, PRECISION)
-            dsv += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
-        if H > 0:
-            for start in tl.static_range(0, HP, HB):
-                slots = start + tl.arange(0, HB)
-                at = tl.load(slot_token + (entry * G + g) * H + slots, mask=slots < H, other=-1)
-                keys = load_rows(k, at, skl, D, DP, OPERAND)
-                values = load_rows(v, at, svl, D, DP, OPERAND)
-                logits = dot(x, tl.trans(keys), PRECISION) * scaling
-                logits = tl.where((at >= 0)[None, :], logits, float("-inf"))
-                p, d_logits, more = exact_gradient(logits, dy, dl, ls, keys, values, scaling, PRECISION)
-                dx += more
-        if not PURE:
-            column = tl.arange(0, 2 * WP)
-            at = tl.load(key_token + (entry + column // WP) * W + column % WP, mask=column % WP < W, other=-1)
-            keys = load_rows(k, at, skl, D, DP, OPERAND)
-            values = load_rows(v, at, svl, D, DP, OPERAND)
-            logits = local_logits(
-                x, k, entry, key_token, position, scaling, skl, W, WP, HEADS, D, DP, SINKS, OPERAND, PRECISION
-            )
-            p, d_logits, more = exact_gradient(logits, dy, dl, ls, keys, values, scaling, PRECISION)
-            dx += more
-        if TAIL or PURE:
-            half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
-            a = project(x, weight, weight_low, g, M, MP, D, DP, SPLIT, PRECISION) - half[:, None]
-            a += load_vector(bias + g * M, M, MP, float("-inf"))[None, :]
-            if TAIL:
-                p = tl.exp(a + load_vector(log_mass + (entry * G + g) * M, M, MP, 0.0)[None, :] - ls[:, None])
-                values = load_matrix(mean + (block * G + g) * M * D, M, MP, D, DP).to(OPERAND)
-                da = p * (dot(dy, tl.trans(values), PRECISION) - dl[:, None])
-            else:
-                da = tl.zeros((HEADS * WP, MP), tl.float32)
-            if PURE:
-                keys = load_rows(k, own_at, skl, D, DP, OPERAND)
-                values = load_rows(v, own_at, svl, D, DP, OPERAND)
-                b = log_features(
-                    keys, key_weight, key_weight_low, key_bias, key_norm, key_norm_low, key_norm_bias, root, g, 0.0,
-                    M, MP, D, DP, KEY_MATRIX, SPLIT, PRECISION,
-                )  # fmt: skip
-                b = tl.where((own_at >= 0)[:, None], b, float("-inf"))
-                d_p = dot(dy, tl.trans(values), PRECISION) - dl[:, None]
-                p, da_own, db_own = in_block_gradient(a, b, ls, d_p, WP, MP, OPERAND, PRECISION)
-                da += da_own
-                db += db_own
-                dv_own += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
-            dx += log_features_backward(
-                da, x, weight, norm, norm_low, norm_bias, root, g, M, MP, D, DP, MATRIX, PRECISION
-            )
-            if MAP_GRADIENT:
-                add_map_gradients(
-                    da, x, norm, norm_low, norm_bias, root, g, d_weight, d_bias, d_norm, d_norm_bias,
-                    M, MP, D, DP, MATRIX, PRECISION,
-                )  # fmt: skip
-        store_rows_of_heads(dq + batch * seb + head * seh, token, sel, dx, D, DP)
     if SINKS > 0:
-        dim = tl.arange(0, DP)
-        here = ((block * G + g) * SINKS + sinks)[:, None] * D + dim[None, :]
-        inside = (sinks < SINKS)[:, None] & (dim < D)[None, :]
-        tl.store(d_sink_key + here, dsk, mask=inside)
-        tl.store(d_sink_value + here, dsv, mask=inside)
+        sink_at = load_sinks(sink_token, row, SINKS, SP)
+        sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
+        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
+        sink_values = load_rows(v, sink_at, svl, D, DP, OPERAND)
+        sink_p, sink_d_logits = exact_gradient(exact, dy, dl, ls, sink_values, scaling, PRECISION)
+        dx += dot(sink_d_logits.to(OPERAND), sink_keys, PRECISION)
+        here = ((block * G + g) * TILES + tile) * SINKS * D
+        store_part(d_sink_key + here, 0, dot(tl.trans(sink_d_logits.to(OPERAND)), x, PRECISION), SINKS, SP, D, DP)
+        store_part(d_sink_value + here, 0, dot(tl.trans(sink_p.to(OPERAND)), dy, PRECISION), SINKS, SP, D, DP)
+    if H > 0:
+        SLOTS: tl.constexpr = min(PART, HP)
+        for start in range(0, HP, SLOTS):
+            slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
+            slot_keys = load_rows(k, slot_at, skl, D, DP, OPERAND)
+            slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
+            slot_logits = dot(x, tl.trans(slot_keys), PRECISION) * scaling
+            slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
+            _slot_p, slot_d_logits = exact_gradient(slot_logits, dy, dl, ls, slot_values, scaling, PRECISION)
+            dx += dot(slot_d_logits.to(OPERAND), slot_keys, PRECISION)
     if PURE:
-        keys = load_rows(k, own_at, skl, D, DP, OPERAND)
-        dk_own = log_features_backward(
-            db, keys, key_weight, key_norm, key_norm_low, key_norm_bias, root, g, M, MP, D, DP, KEY_MATRIX, PRECISION
+        own_at, _own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
+        own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
+        d_own = dot(dy, tl.trans(load_rows(v, own_at, svl, D, DP, OPERAND)), PRECISION) - dl[:, None]
+        key_half = half_norm_of(
+            own_keys, key_norm, key_norm_low, key_norm_bias, root, g, D, DP, min(PART, DP), KEY_MATRIX, SPLIT, PRECISION
         )
-        if MAP_GRADIENT:
-            add_map_gradients(
-                db, keys, key_norm, key_norm_low, key_norm_bias, root, g,
-                d_key_weight, d_key_bias, d_key_norm, d_key_norm_bias, M, MP, D, DP, KEY_MATRIX, PRECISION,
-            )  # fmt: skip
-        store_rows(dk + batch * sgb + g * sgg, all_own_at, sgl, dk_own, D, DP)
-        store_rows(dv + batch * sgb + g * sgg, all_own_at, sgl, dv_own, D, DP)
+    else:
+        LOCAL: tl.constexpr = min(PART, 2 * WP)
+        for start in range(0, 2 * WP, LOCAL):
+            near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)
+            near_keys = load_rows(k, near_at, skl, D, DP, OPERAND)
+            near_values = load_rows(v, near_at, svl, D, DP, OPERAND)
+            near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
+            _near_p, near_d_logits = exact_gradient(near_logits, dy, dl, ls, near_values, scaling, PRECISION)
+            dx += dot(near_d_logits.to(OPERAND), near_keys, PRECISION)
+    if TAIL or PURE:
+        FEATURES: tl.constexpr = min(PART, MP)
+        total = tl.zeros((HEADS * WP,), tl.float32)
+        half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
+        for start in range(0, MP, FEATURES):
+            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION) - half[:, None]
+            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
+            if TAIL:
+                logits = a + load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)[None, :]
+                values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
+                _p, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
+            else:
+                da = tl.zeros((HEADS * WP, FEATURES), tl.float32)
+            if PURE:
+                b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+                b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - key_half[:, None]
+                b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
+                da += in_block_query_gradient(a, b, ls, d_own, WP, OPERAND, PRECISION)
+            w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
+            dx += dot(da.to(w.dtype), w, PRECISION)
+            total += tl.sum(da, 1)
+            if MAP_GRADIENT:
+                add_weight_gradient(da, x, d_weight, d_bias, g, start, M, FEATURES, D, DP, PRECISION)
+        dx += norm_gradient(
+            total, x, norm, norm_low, norm_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
+            MAP_GRADIENT, PRECISION,
+        )  # fmt: skip
+    store_rows_of_heads(dq + batch * seb + head * seh, token, sel, dx, D, DP)
+
+
+@triton.jit
+def sink_kernel(
+    grad, partial, row_block, sink_token, sgb, sgg, sgl, one_batch,
+    G: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add the blocks' parts of the sinks' gradients, in order, to the tokens that are the sinks of a row."""
+    row, g = tl.program_id(0), tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < SINKS * D
+    low, high = tl.load(row_block + row) * TILES, tl.load(row_block + row + 1) * TILES
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, high - low, 32):
+        i = (low + start + tl.arange(0, 32)).to(tl.int64)
+        at = ((i // TILES * G + g) * TILES + i % TILES) * SINKS * D
+        mask = (i < high)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(partial + at[:, None] + column[None, :], mask=mask, other=0.0), 0)
+    token = tl.load(sink_token + row * SINKS + column // D, mask=inside, other=-1)
+    batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
+    pointers = grad + batch * sgb + g * sgg + token.to(tl.int64) * sgl + column % D
+    total += tl.load(pointers, mask=token >= 0, other=0.0).to(tl.float32)
+    tl.store(pointers, total.to(grad.dtype.element_ty), mask=token >= 0)
 
 
 @triton.jit
@@ -181,10 +179,10 @@ def state_kernel(
     log_mass, reference, log_sum, half_norm, delta, d_sum, d_mass, d_slot_key, d_slot_value, scaling, blocks,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sdb, sdh, sdl, sgb, sgg, sgl, one_batch,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, H: tl.constexpr, HB: tl.constexpr,
-    TAIL: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
+    PART: tl.constexpr, TAILS: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 of the last grid axis: gradient of the sums a block starts from; the others: of `HB` slots each."""
+    """The first `TAILS` programs of the last axis: gradient of a part of the sums before the block; then: of slots."""
     block, g, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row = tl.load(block_row + block)
     entry = block + row
@@ -192,63 +190,61 @@ def state_kernel(
     line = tl.arange(0, HEADS * WP)
     place = line % WP
     block_token = tl.load(query_token + block * W + place, mask=place < W, other=-1)
-    dim = tl.arange(0, DP)
-    if part < TAIL:
-        f = tl.arange(0, MP)
-        mass = load_vector(log_mass + (entry * G + g) * M, M, MP, 0.0)
-        high = load_vector(bias + g * M, M, MP, float("-inf")) + mass
-        d_mean = tl.zeros((MP, DP), tl.float32)
-        d_total = tl.zeros((MP,), tl.float32)
+    if part < TAILS:
+        FEATURES: tl.constexpr = min(PART, MP)
+        start = part * FEATURES
+        mass = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
+        shift = load_vector(bias + g * M, start, M, FEATURES, float("-inf")) + mass
+        d_mean = tl.zeros((FEATURES, DP), tl.float32)
+        d_total = tl.zeros((FEATURES,), tl.float32)
         for tile in range(TILES):
             head = tile * HEADS + line // WP
             token = tl.where(head < R, block_token, -1)
             head = (g * R + head).to(tl.int64)
-            at = head * (blocks * W) + block * W + place
+            cell = head * (blocks * W) + block * W + place
             x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
             dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
-            shift = tl.load(log_sum + at, mask=token >= 0, other=1e30)
-            shift += tl.load(half_norm + at, mask=token >= 0, other=0.0)
-            dl = tl.load(delta + at, mask=token >= 0, other=0.0)
-            a = project(x, weight, weight_low, g, M, MP, D, DP, SPLIT, PRECISION)
-            p = tl.exp(a + high[None, :] - shift[:, None])
+            ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
+            ls += tl.load(half_norm + cell, mask=token >= 0, other=0.0)
+            dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
+            logits = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+            p = tl.exp(logits + shift[None, :] - ls[:, None])
             d_mean += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
             d_total -= tl.sum(p * dl[:, None], 0)
         # From mean values and log-masses to sums and masses, both over the mass.
-        top = load_vector(reference + (entry * G + g) * M, M, MP, 0.0)
-        scale = tl.exp(top - mass)
+        scale = tl.exp(load_vector(reference + (entry * G + g) * M, start, M, FEATURES, 0.0) - mass)
         here = (block * G + g) * M
-        inside = (f < M)[:, None] & (dim < D)[None, :]
-        out = d_sum + here * D + f[:, None] * D + dim[None, :]
-        tl.store(out, (d_mean * scale[:, None]).to(d_sum.dtype.element_ty), mask=inside)
-        tl.store(d_mass + here + f, d_total * scale, mask=f < M)
+        store_part(d_sum + here * D, start, d_mean * scale[:, None], M, FEATURES, D, DP)
+        store_vector(d_mass + here, start, d_total * scale, M, FEATURES)
     else:
         if H > 0:
-            slot = (part - TAIL) * HB + tl.arange(0, HB)
-            slot_at = tl.load(slot_token + (entry * G + g) * H + slot, mask=slot < H, other=-1)
-            if tl.max(slot_at) >= 0:
-                keys = load_rows(k + batch * skb + g * skg, slot_at, skl, D, DP, OPERAND)
-                values = load_rows(v + batch * svb + g * svg, slot_at, svl, D, DP, OPERAND)
-                dk = tl.zeros((HB, DP), tl.float32)
-                dv = tl.zeros((HB, DP), tl.float32)
+            SLOTS: tl.constexpr = min(PART, HP)
+            at = load_vector(slot_token + (entry * G + g) * H, (part - TAILS) * SLOTS, H, SLOTS, -1)
+            if tl.max(at, 0) >= 0:
+                keys = load_rows(k + batch * skb + g * skg, at, skl, D, DP, OPERAND)
+                values = load_rows(v + batch * svb + g * svg, at, svl, D, DP, OPERAND)
+                dk = tl.zeros((SLOTS, DP), tl.float32)
+                dv = tl.zeros((SLOTS, DP), tl.float32)
                 for tile in range(TILES):
                     head = tile * HEADS + line // WP
                     token = tl.where(head < R, block_token, -1)
                     head = (g * R + head).to(tl.int64)
-                    at = head * (blocks * W) + block * W + place
+                    cell = head * (blocks * W) + block * W + place
                     x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
                     dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
-                    ls = tl.load(log_sum + at, mask=token >= 0, other=1e30)
-                    dl = tl.load(delta + at, mask=token >= 0, other=0.0)
+                    ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
+                    dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
                     logits = dot(x, tl.trans(keys), PRECISION) * scaling
-                    p = tl.exp(tl.where((slot_at >= 0)[None, :], logits, float("-inf")) - ls[:, None])
-                    d_logits = p * (dot(dy, tl.trans(values), PRECISION) - dl[:, None]) * scaling
+                    logits = tl.where((at >= 0)[None, :], logits, float("-inf"))
+                    p, d_logits = exact_gradient(logits, dy, dl, ls, values, scaling, PRECISION)
                     dk += dot(tl.trans(d_logits.to(OPERAND)), x, PRECISION)
                     dv += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
                 # A key may sit in the slots of many blocks.
-                here = batch * sgb + g * sgg + slot_at.to(tl.int64)[:, None] * sgl + dim[None, :]
-                inside = (slot_at >= 0)[:, None] & (dim < D)[None, :]
-                tl.atomic_add(d_slot_key + here, dk, mask=inside)
-                tl.atomic_add(d_slot_value + here, dv, mask=inside)
+                dim = tl.arange(0, DP)
+                here = batch * sgb + g * sgg + at.to(tl.int64)[:, None] * sgl + dim[None, :]
+                inside = (at >= 0)[:, None] & (dim < D)[None, :]
+                tl.atomic_add(d_slot_key + here, dk, mask=inside, sem="relaxed")
+                tl.atomic_add(d_slot_value + here, dv, mask=inside, sem="relaxed")
 
 
 @triton.jit

@@ -70,20 +70,33 @@ def store_rows_of_heads(pointers, token, stride, x, D: tl.constexpr, DP: tl.cons
 
 
 @triton.jit
-def load_matrix(base, rows: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """A contiguous (rows, D) matrix, padded with zeros to (RP, DP)."""
-    row, col = tl.arange(0, RP), tl.arange(0, DP)
+def load_part(base, start, count: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Rows `start` to `start + SIZE` of a contiguous (count, D) matrix, padded with zeros: (SIZE, DP)."""
+    row, col = start + tl.arange(0, SIZE), tl.arange(0, DP)
     pointers = base + row[:, None] * D + col[None, :]
-    if (rows == RP) and (D == DP):
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(row < rows)[:, None] & (col < D)[None, :], other=0.0)
+    return tl.load(pointers, mask=(row < count)[:, None] & (col < D)[None, :], other=0.0)
 
 
 @triton.jit
-def load_vector(base, size: tl.constexpr, SP: tl.constexpr, other: tl.constexpr):
-    """A contiguous vector, padded with `other`."""
-    i = tl.arange(0, SP)
-    return tl.load(base + i, mask=i < size, other=other)
+def store_part(base, start, x, count: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The counterpart of `load_part`."""
+    row, col = start + tl.arange(0, SIZE), tl.arange(0, DP)
+    pointers = base + row[:, None] * D + col[None, :]
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=(row < count)[:, None] & (col < D)[None, :])
+
+
+@triton.jit
+def load_vector(base, start, count: tl.constexpr, SIZE: tl.constexpr, other: tl.constexpr):
+    """Entries `start` to `start + SIZE` of a contiguous vector, padded with `other`."""
+    i = start + tl.arange(0, SIZE)
+    return tl.load(base + i, mask=i < count, other=other)
+
+
+@triton.jit
+def store_vector(base, start, x, count: tl.constexpr, SIZE: tl.constexpr):
+    """The counterpart of `load_vector`."""
+    i = start + tl.arange(0, SIZE)
+    tl.store(base + i, x, mask=i < count)
 
 
 @triton.jit
@@ -96,78 +109,77 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def project(
-    x, weight, weight_low, g, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    x, weight, weight_low, g, start, M: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`x @ weight[g].T` for x (N, DP), with the low half of the split weight; (N, MP) float32."""
-    high = load_matrix(weight + g * M * D, M, MP, D, DP)
+    """`x @ weight[g, start : start + SIZE].T` for x (N, DP), both halves of a split weight; (N, SIZE) float32."""
+    high = load_part(weight + g * M * D, start, M, SIZE, D, DP)
     out = dot(x, tl.trans(high), PRECISION)
     if SPLIT:
-        low = load_matrix(weight_low + g * M * D, M, MP, D, DP)
+        low = load_part(weight_low + g * M * D, start, M, SIZE, D, DP)
         out += dot(x, tl.trans(low), PRECISION)
     return out
 
 
 @triton.jit
-def moved(
-    x, norm, norm_low, norm_bias, root, g, D: tl.constexpr, DP: tl.constexpr,
+def half_norm_of(
+    x, norm, norm_low, norm_bias, root, g, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr,
     MATRIX: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`norm[g] x~ + norm_bias[g]`, whose squared length every log-feature subtracts half of; (N, DP) float32."""
+    """`|norm[g] x~ + norm_bias[g]|^2 / 2` (N,), which every log-feature of x (N, DP) subtracts."""
     if MATRIX:
-        y = project(x, norm, norm_low, g, D, DP, D, DP, SPLIT, PRECISION)
+        total = tl.zeros((x.shape[0],), tl.float32)
+        for start in range(0, DP, PART):
+            y = project(x, norm, norm_low, g, start, D, PART, D, DP, SPLIT, PRECISION)
+            y += load_vector(norm_bias + g * D, start, D, PART, 0.0)[None, :]
+            total += tl.sum(y * y, 1)
     else:
-        y = x.to(tl.float32) * root
-    return y + load_vector(norm_bias + g * D, D, DP, 0.0)[None, :]
+        y = x.to(tl.float32) * root + load_vector(norm_bias + g * D, 0, D, DP, 0.0)[None, :]
+        total = tl.sum(y * y, 1)
+    return 0.5 * total
 
 
 @triton.jit
-def log_features(
-    x, weight, weight_low, bias, norm, norm_low, norm_bias, root, g, pad_bias: tl.constexpr,
-    M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    MATRIX: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+def norm_gradient(
+    d_total, x, norm, norm_low, norm_bias, root, g, d_norm, d_norm_bias, D: tl.constexpr, DP: tl.constexpr,
+    PART: tl.constexpr, MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-features (N, MP) of x (N, DP), as `feature_map.log_features`; columns beyond M get bias `pad_bias`."""
-    y = moved(x, norm, norm_low, norm_bias, root, g, D, DP, MATRIX, SPLIT, PRECISION)
-    out = project(x, weight, weight_low, g, M, MP, D, DP, SPLIT, PRECISION)
-    out += load_vector(bias + g * M, M, MP, pad_bias)[None, :]
-    return out - 0.5 * tl.sum(y * y, 1)[:, None]
+    """What `-half_norm_of` adds to the gradient of x (N, DP), given the summed gradient (N,) of its log-features.
 
-
-@triton.jit
-def log_features_backward(
-    d_out, x, weight, norm, norm_low, norm_bias, root, g,
-    M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    MATRIX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradient (N, DP) of x from that of its log-features (N, MP); the leading half of a split weight is enough."""
-    high = load_matrix(weight + g * M * D, M, MP, D, DP)
-    dx = dot(d_out.to(high.dtype), high, PRECISION)
-    y = moved(x, norm, norm_low, norm_bias, root, g, D, DP, MATRIX, False, PRECISION)
-    total = tl.sum(d_out, 1)[:, None]
+    With `MAP_GRADIENT`, also adds to those of the matrix and its bias, atomically. The leading half of a split matrix
+    is enough here.
+    """
     if MATRIX:
-        n = load_matrix(norm + g * D * D, D, DP, D, DP)
-        return dx - total * dot(y.to(n.dtype), n, PRECISION)
-    return dx - total * y * root
+        dx = tl.zeros((x.shape[0], DP), tl.float32)
+        for start in range(0, DP, PART):
+            n = load_part(norm + g * D * D, start, D, PART, D, DP)
+            y = dot(x, tl.trans(n), PRECISION) + load_vector(norm_bias + g * D, start, D, PART, 0.0)[None, :]
+            y = -d_total[:, None] * y
+            dx += dot(y.to(n.dtype), n, PRECISION)
+            if MAP_GRADIENT:
+                row, col = start + tl.arange(0, PART), tl.arange(0, DP)
+                grad = dot(tl.trans(y.to(x.dtype)), x, PRECISION)
+                pointers = d_norm + g * D * D + row[:, None] * D + col[None, :]
+                tl.atomic_add(pointers, grad, mask=(row < D)[:, None] & (col < D)[None, :])
+                tl.atomic_add(d_norm_bias + g * D + row, tl.sum(y, 0), mask=row < D)
+    else:
+        col = tl.arange(0, DP)
+        y = x.to(tl.float32) * root + load_vector(norm_bias + g * D, 0, D, DP, 0.0)[None, :]
+        y = -d_total[:, None] * y
+        dx = y * root
+        if MAP_GRADIENT:
+            tl.atomic_add(d_norm_bias + g * D + col, tl.sum(y, 0), mask=col < D)
+    return dx
 
 
 @triton.jit
-def add_map_gradients(
-    d_out, x, norm, norm_low, norm_bias, root, g, d_weight, d_bias, d_norm, d_norm_bias,
-    M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    MATRIX: tl.constexpr, PRECISION: tl.constexpr,
+def add_weight_gradient(
+    d_log, x, d_weight, d_bias, g, start, M: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradients of a folded map those of log-features (N, MP) of x, atomically."""
-    row, col, dim = tl.arange(0, MP), tl.arange(0, DP), tl.arange(0, DP)
-    here = (row < M)[:, None] & (col < D)[None, :]
-    grad = dot(tl.trans(d_out.to(x.dtype)), x, PRECISION)
-    tl.atomic_add(d_weight + g * M * D + row[:, None] * D + col[None, :], grad, mask=here)
-    tl.atomic_add(d_bias + g * M + row, tl.sum(d_out, 0), mask=row < M)
-    y = moved(x, norm, norm_low, norm_bias, root, g, D, DP, MATRIX, False, PRECISION)
-    y = -tl.sum(d_out, 1)[:, None] * y
-    tl.atomic_add(d_norm_bias + g * D + dim, tl.sum(y, 0), mask=dim < D)
-    if MATRIX:
-        grad = dot(tl.trans(y.to(x.dtype)), x, PRECISION)
-        tl.atomic_add(
-            d_norm + g * D * D + dim[:, None] * D + col[None, :], grad, mask=(dim < D)[:, None] & (col < D)[None, :]
-        )
+    """Add to the gradients of weight and bias those of log-features (N, SIZE) of x (N, DP), atomically."""
+    row, col = start + tl.arange(0, SIZE), tl.arange(0, DP)
+    grad = dot(tl.trans(d_log.to(x.dtype)), x, PRECISION)
+    pointers = d_weight + g * M * D + row[:, None] * D + col[None, :]
+    tl.atomic_add(pointers, grad, mask=(row < M)[:, None] & (col < D)[None, :])
+    tl.atomic_add(d_bias + g * M + row, tl.sum(d_log, 0), mask=row < M)

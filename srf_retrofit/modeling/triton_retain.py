@@ -15,20 +15,25 @@ from .triton_common import dot, load_rows, load_rows_of_heads
 
 
 @triton.jit
-def local_logits(
-    q, k, entry, key_token, position, scaling, skl, W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SINKS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Logits (HEADS WP, 2 WP) of a tile of queries over the block before and their own, `-inf` where invisible."""
-    column = tl.arange(0, 2 * WP)
+def local_keys(key_token, entry, position, start, W: tl.constexpr, WP: tl.constexpr, SIZE: tl.constexpr,
+    SINKS: tl.constexpr):  # fmt: skip
+    """Keys `start` to `start + SIZE` of the block before and a block's own, padded to `WP` each.
+
+    Returns their tokens, -1 for none and for sinks, and the place of each, counted from the block's first slot.
+    """
+    column = start + tl.arange(0, SIZE)
     own, slot = column // WP, column % WP
     token = tl.load(key_token + (entry + own) * W + slot, mask=slot < W, other=-1)
-    x = load_rows(k, token, skl, D, DP, OPERAND)
-    logits = dot(q, tl.trans(x), PRECISION) * scaling
-    place = tl.arange(0, HEADS * WP) % WP
-    is_key = (token >= 0) & (position - W + own * W + slot >= SINKS)
-    visible = is_key[None, :] & ((own == 0)[None, :] | (slot[None, :] <= place[:, None]))
-    return tl.where(visible, logits, float("-inf"))
+    place = slot + (own - 1) * W
+    return tl.where(position + place >= SINKS, token, -1), place
+
+
+@triton.jit
+def local_logits(q, keys, token, key_place, place, scaling, PRECISION: tl.constexpr):
+    """Logits of queries at places `place` of a block over `local_keys`, `-inf` where invisible."""
+    logits = dot(q, tl.trans(keys), PRECISION) * scaling
+    # Compared, never subtracted: Triton 3.6 miscompiles the sign of a sum of both on half of the lines.
+    return tl.where((token >= 0)[None, :] & (key_place[None, :] <= place[:, None]), logits, float("-inf"))
 
 
 @triton.jit
@@ -52,9 +57,9 @@ def priority_kernel(
     line = tl.arange(0, HEADS * WP)
     place = line % WP
     token = tl.load(query_token + block * W + place, mask=place < W, other=-1)
-    column = tl.arange(0, 2 * WP)
-    own, slot = column // WP, column % WP
-    far = (place[:, None] + W - (own * W + slot)[None, :]) > delay
+    local, key_place = local_keys(key_token, entry, position, 0, W, WP, 2 * WP, SINKS)
+    keys = load_rows(k, local, skl, D, DP, OPERAND)
+    far = key_place[None, :] < (place - delay)[:, None]
     best = tl.full((2 * WP,), float("-inf"), tl.float32)
     sinks = tl.arange(0, SP)
     for tile in range((R + HEADS - 1) // HEADS):
@@ -62,9 +67,7 @@ def priority_kernel(
         here = tl.where(head < R, token, -1)
         pointers = q + (g * R + head).to(tl.int64) * sqh
         x = load_rows_of_heads(pointers, here, sql, D, DP, OPERAND)
-        logits = local_logits(
-            x, k, entry, key_token, position, scaling, skl, W, WP, HEADS, D, DP, SINKS, OPERAND, PRECISION
-        )  # fmt: skip
+        logits = local_logits(x, keys, local, key_place, place, scaling, PRECISION)
         top = tl.maximum(tl.max(logits, 1), -1e30)
         if SINKS > 0:
             at = tl.load(sink_token + row * SINKS + sinks, mask=sinks < SINKS, other=-1)
@@ -80,6 +83,8 @@ def priority_kernel(
         counts = far & (here >= 0)[:, None] & (logits > float("-inf"))
         best = tl.maximum(best, tl.max(tl.where(counts, probability, float("-inf")), 0))
     bits = (best.to(tl.int32, bitcast=True) + 0x400) & -0x800
+    column = tl.arange(0, 2 * WP)
+    own, slot = column // WP, column % WP
     out = received + ((block * G + g) * 2 + own) * W + slot
     tl.store(out, bits.to(tl.float32, bitcast=True), mask=slot < W)
 
@@ -131,7 +136,7 @@ def compete(
 @triton.jit
 def entry_priority(
     received, start_priority, entry, row, first, last, g,
-    G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """Priorities (WP,) of an entry's keys: from the queries of their own block, of the next, and of earlier calls."""
     key = tl.arange(0, WP)
@@ -140,8 +145,11 @@ def entry_priority(
     top = tl.load(received + at, mask=key < tl.where(block < last, W, 0), other=float("-inf"))
     at = ((block - 1) * G + g) * 2 * W + W + key
     top = tl.maximum(top, tl.load(received + at, mask=key < tl.where(block > first, W, 0), other=float("-inf")))
-    at = (row * G + g) * 2 * W + (block - first) * W + key
-    return tl.maximum(top, tl.load(start_priority + at, mask=key < tl.where(block - first < 2, W, 0), other=float("-inf")))
+    if START:
+        at = (row * G + g) * 2 * W + (block - first) * W + key
+        mask = key < tl.where(block - first < 2, W, 0)
+        top = tl.maximum(top, tl.load(start_priority + at, mask=mask, other=float("-inf")))
+    return top
 
 
 @triton.jit
@@ -149,7 +157,7 @@ def rank_run_kernel(
     run_table, block_row, row_block, key_token, key_position, block_full, received, start_priority,
     run_token, run_priority, priority, slot_token, slot_priority, fold_token,
     G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, SINKS: tl.constexpr,
-    WRITE: tl.constexpr,
+    WRITE: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """The competition of one head along a run of blocks; on indices only.
 
@@ -172,7 +180,7 @@ def rank_run_kernel(
     for i in range(count):
         block = (first + i).to(tl.int64)
         entry = block + row
-        top = entry_priority(received, start_priority, entry, row, row_first, row_last, g, G, W, WP)
+        top = entry_priority(received, start_priority, entry, row, row_first, row_last, g, G, W, WP, START)
         full = tl.load(block_full + block) > 0
         token = tl.load(key_token + entry * W + key, mask=key < W, other=-1)
         token = tl.where(tl.load(key_position + entry) + key >= SINKS, token, -1)
@@ -198,7 +206,7 @@ def rank_run_kernel(
         tl.store(run_priority + place + slot, kept_priority, mask=slot < H)
     elif first + count == row_last:
         entry = (row_last + row).to(tl.int64)
-        top = entry_priority(received, start_priority, entry, row, row_first, row_last, g, G, W, WP)
+        top = entry_priority(received, start_priority, entry, row, row_first, row_last, g, G, W, WP, START)
         tl.store(priority + (entry * G + g) * W + key, top, mask=key < W)
         out = (entry * G + g) * H + slot
         tl.store(slot_token + out, kept, mask=slot < H)
@@ -209,14 +217,17 @@ def rank_run_kernel(
 def rank_scan_kernel(
     row_run, row_block, start_token, start_slot_priority, start_priority, run_token, run_priority,
     priority, slot_token, slot_priority,
-    G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
+    G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """Turn the runs' slots, in place, into the slots before each run; one row and head."""
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, key = tl.arange(0, HP), tl.arange(0, WP)
     place = (row * G + g) * H + slot
-    kept = tl.load(start_token + place, mask=slot < H, other=-1)
-    kept_priority = tl.load(start_slot_priority + place, mask=slot < H, other=float("-inf"))
+    kept = tl.full((HP,), -1, tl.int32)
+    kept_priority = tl.full((HP,), float("-inf"), tl.float32)
+    if START:
+        kept = tl.load(start_token + place, mask=slot < H, other=-1)
+        kept_priority = tl.load(start_slot_priority + place, mask=slot < H, other=float("-inf"))
     low, high = tl.load(row_run + row), tl.load(row_run + row + 1)
     for i in range(high - low):
         at = ((low + i).to(tl.int64) * G + g) * H + slot
@@ -224,12 +235,14 @@ def rank_scan_kernel(
         rival = tl.load(run_priority + at, mask=slot < H, other=float("-inf"))
         tl.store(run_token + at, kept, mask=slot < H)
         tl.store(run_priority + at, kept_priority, mask=slot < H)
-        kept, kept_priority, stays, enters = compete(kept, kept_priority, token, rival, H, HP, H, HP)
+        kept, kept_priority, _stays, _enters = compete(kept, kept_priority, token, rival, H, HP, H, HP)
     if low == high:
         # A row without a block in this call keeps what it came with.
         entry = tl.load(row_block + row) + row
         at = (entry * G + g) * H + slot
         tl.store(slot_token + at, kept, mask=slot < H)
         tl.store(slot_priority + at, kept_priority, mask=slot < H)
-        top = tl.load(start_priority + (row * G + g) * 2 * W + key, mask=key < W, other=float("-inf"))
+        top = tl.full((WP,), float("-inf"), tl.float32)
+        if START:
+            top = tl.load(start_priority + (row * G + g) * 2 * W + key, mask=key < W, other=float("-inf"))
         tl.store(priority + (entry * G + g) * W + key, top, mask=key < W)

@@ -18,14 +18,17 @@ except ImportError:  # see triton_common
 
 from .triton_common import (
     LOG_ZERO,
-    add_map_gradients,
+    add_weight_gradient,
     dot,
-    load_matrix,
+    half_norm_of,
+    load_part,
     load_rows,
     load_vector,
-    log_features,
-    log_features_backward,
+    norm_gradient,
+    project,
+    store_part,
     store_rows,
+    store_vector,
 )
 
 
@@ -53,47 +56,44 @@ def run_kernel(
     weight, weight_low, bias, norm, norm_low, norm_bias, root,
     run_sum, run_mass, run_max, mean, log_mass, reference,
     skb, skg, skl, svb, svg, svl, one_batch,
-    G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
-    WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, MATRIX: tl.constexpr,
-    WRITE: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, PART: tl.constexpr, FEATURES: tl.constexpr,
+    MATRIX: tl.constexpr, WRITE: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One run of blocks, one key/value head: its sums (`WRITE` false), or the states before each of its blocks."""
+    """A run of blocks, a head, `FEATURES` features: their sums (`WRITE` false), or the states before each block."""
     run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start = tl.program_id(2) * FEATURES
     first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
     row = tl.load(block_row + first)
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
     k += batch * skb + g * skg
     v += batch * svb + g * svg
-    f, dim = tl.arange(0, MP), tl.arange(0, DP)
-    inside = (f < M)[:, None] & (dim < D)[None, :]
     place = (run * G + g) * M
     if WRITE:
-        total = load_matrix(run_sum + place * D, M, MP, D, DP)
-        mass = load_vector(run_mass + place, M, MP, 0.0)
-        top = load_vector(run_max + place, M, MP, LOG_ZERO)
+        total = load_part(run_sum + place * D, start, M, FEATURES, D, DP)
+        mass = load_vector(run_mass + place, start, M, FEATURES, 0.0)
+        top = load_vector(run_max + place, start, M, FEATURES, LOG_ZERO)
     else:
-        total = tl.zeros((MP, DP), tl.float32)
-        mass = tl.zeros((MP,), tl.float32)
-        top = tl.full((MP,), LOG_ZERO, tl.float32)
+        total = tl.zeros((FEATURES, DP), tl.float32)
+        mass = tl.zeros((FEATURES,), tl.float32)
+        top = tl.full((FEATURES,), LOG_ZERO, tl.float32)
     for i in range(count):
         block = (first + i).to(tl.int64)
         entry = block + row
         if WRITE:
             safe = tl.maximum(mass, 0.5)
             here = (block * G + g) * M
-            pointers = mean + here * D + f[:, None] * D + dim[None, :]
-            tl.store(pointers, (total / safe[:, None]).to(mean.dtype.element_ty), mask=inside)
+            store_part(mean + here * D, start, total / safe[:, None], M, FEATURES, D, DP)
             here = (entry * G + g) * M
-            tl.store(log_mass + here + f, top + tl.log(safe), mask=f < M)
-            tl.store(reference + here + f, top, mask=f < M)
+            store_vector(log_mass + here, start, top + tl.log(safe), M, FEATURES)
+            store_vector(reference + here, start, top, M, FEATURES)
         token = folded_tokens(
             entry, block, g, key_token, key_position, fold_token, block_full, G, W, WP, SINKS, RETAINED, PURE
         )
         x = load_rows(k, token, skl, D, DP, OPERAND)
-        b = log_features(
-            x, weight, weight_low, bias, norm, norm_low, norm_bias, root, g, 0.0,
-            M, MP, D, DP, MATRIX, SPLIT, PRECISION,
-        )  # fmt: skip
+        half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
+        b = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+        b += load_vector(bias + g * M, start, M, FEATURES, 0.0)[None, :] - half[:, None]
         b = tl.where((token >= 0)[:, None], b, float("-inf"))
         above = tl.maximum(top, tl.max(b, 0))
         feature = tl.exp(b - above[None, :])
@@ -103,15 +103,16 @@ def run_kernel(
         mass = mass * decay + tl.sum(feature, 0)
         top = above
     if not WRITE:
-        tl.store(run_sum + place * D + f[:, None] * D + dim[None, :], total, mask=inside)
-        tl.store(run_mass + place + f, mass, mask=f < M)
-        tl.store(run_max + place + f, top, mask=f < M)
+        store_part(run_sum + place * D, start, total, M, FEATURES, D, DP)
+        store_vector(run_mass + place, start, mass, M, FEATURES)
+        store_vector(run_max + place, start, top, M, FEATURES)
 
 
 @triton.jit
 def scan_kernel(
-    row_run, run_sum, run_mass, run_max, start_sum, start_mass, start_max, end_sum, end_mass, end_max,
-    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr,
+    row_run, row_block, run_sum, run_mass, run_max, start_sum, start_mass, start_max, end_sum, end_mass, end_max,
+    reference,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """Turn the sums of runs, in place, into the sums before each run; one row, head and `MB` features a program."""
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -119,9 +120,13 @@ def scan_kernel(
     here, inside = f < M, (f < M)[:, None] & (dim < D)[None, :]
     grid = f[:, None] * D + dim[None, :]
     place = (row * G + g) * M
-    total = tl.load(start_sum + place * D + grid, mask=inside, other=0.0)
-    mass = tl.load(start_mass + place + f, mask=here, other=0.0)
-    top = tl.maximum(tl.load(start_max + place + f, mask=here, other=LOG_ZERO), LOG_ZERO)
+    total = tl.zeros((MB, DP), tl.float32)
+    mass = tl.zeros((MB,), tl.float32)
+    top = tl.full((MB,), LOG_ZERO, tl.float32)
+    if START:
+        total += tl.load(start_sum + place * D + grid, mask=inside, other=0.0)
+        mass += tl.load(start_mass + place + f, mask=here, other=0.0)
+        top = tl.maximum(top, tl.load(start_max + place + f, mask=here, other=LOG_ZERO))
     low, high = tl.load(row_run + row), tl.load(row_run + row + 1)
     for i in range(high - low):
         at = ((low + i).to(tl.int64) * G + g) * M
@@ -139,6 +144,9 @@ def scan_kernel(
     tl.store(end_sum + place * D + grid, total, mask=inside)
     tl.store(end_mass + place + f, mass, mask=here)
     tl.store(end_max + place + f, top, mask=here)
+    # The row's last entry stands behind its last block, where no run writes.
+    entry = (tl.load(row_block + row + 1) + row).to(tl.int64)
+    tl.store(reference + (entry * G + g) * M + f, top, mask=here)
 
 
 @triton.jit
@@ -202,62 +210,85 @@ def scan_gradient_kernel(
 
 
 @triton.jit
-def fold_gradient_kernel(
-    k, v, dk, dv, run_table, block_row, key_token, key_position, fold_token, block_full,
-    weight, weight_low, bias, norm, norm_low, norm_bias, root,
-    reference, d_sum, d_mass, run_d_sum, run_d_mass, d_weight, d_bias, d_norm, d_norm_bias,
-    skb, skg, skl, svb, svg, svl, sgb, sgg, sgl, one_batch,
-    G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
-    WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, MATRIX: tl.constexpr,
-    MAP_GRADIENT: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+def state_gradient_kernel(
+    run_table, block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr,
 ):  # fmt: skip
-    """Walk a run back and add to `dk` and `dv` what the folded keys and values contributed to all later states."""
+    """Walk a run back and turn the gradient of the sums before each block, in place, into that of those after it.
+
+    What comes in is the part that a block's own queries give; what goes out is the whole.
+    """
     run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start = tl.program_id(2) * MB
     first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
     row = tl.load(block_row + first)
-    batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
-    k += batch * skb + g * skg
-    v += batch * svb + g * svg
-    dk += batch * sgb + g * sgg
-    dv += batch * sgb + g * sgg
-    f, dim = tl.arange(0, MP), tl.arange(0, DP)
-    inside = (f < M)[:, None] & (dim < D)[None, :]
     place = (run * G + g) * M
-    total = load_matrix(run_d_sum + place * D, M, MP, D, DP)
-    mass = load_vector(run_d_mass + place, M, MP, 0.0)
-    # Padded features get a reference that no key reaches.
-    above = load_vector(reference + ((first + count + row).to(tl.int64) * G + g) * M, M, MP, 1e30)
+    total = load_part(run_d_sum + place * D, start, M, MB, D, DP)
+    mass = load_vector(run_d_mass + place, start, M, MB, 0.0)
+    above = load_vector(reference + ((first + count + row).to(tl.int64) * G + g) * M, start, M, MB, 0.0)
     for back in range(count):
         block = (first + count - 1 - back).to(tl.int64)
-        entry = block + row
-        token = folded_tokens(
-            entry, block, g, key_token, key_position, fold_token, block_full, G, W, WP, SINKS, RETAINED, PURE
-        )
-        x = load_rows(k, token, skl, D, DP, OPERAND)
-        y = load_rows(v, token, svl, D, DP, OPERAND)
-        b = log_features(
-            x, weight, weight_low, bias, norm, norm_low, norm_bias, root, g, 0.0,
-            M, MP, D, DP, MATRIX, SPLIT, PRECISION,
-        )  # fmt: skip
-        feature = tl.exp(tl.where((token >= 0)[:, None], b, float("-inf")) - above[None, :])
-        grad = total.to(OPERAND)
-        new_dv = dot(feature.to(OPERAND), grad, PRECISION)
-        d_log = feature * (dot(y, tl.trans(grad), PRECISION) + mass[None, :])
-        new_dk = log_features_backward(
-            d_log, x, weight, norm, norm_low, norm_bias, root, g, M, MP, D, DP, MATRIX, PRECISION
-        )
-        if MAP_GRADIENT:
-            add_map_gradients(
-                d_log, x, norm, norm_low, norm_bias, root, g, d_weight, d_bias, d_norm, d_norm_bias,
-                M, MP, D, DP, MATRIX, PRECISION,
-            )  # fmt: skip
-        # Every key is folded at most once, so nobody else writes these rows now.
-        store_rows(dk, token, sgl, load_rows(dk, token, sgl, D, DP, tl.float32) + new_dk, D, DP)
-        store_rows(dv, token, sgl, load_rows(dv, token, sgl, D, DP, tl.float32) + new_dv, D, DP)
-        below = load_vector(reference + (entry * G + g) * M, M, MP, 1e30)
-        decay = tl.exp(below - above)
         at = (block * G + g) * M
-        own = tl.load(d_sum + at * D + f[:, None] * D + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        own = load_part(d_sum + at * D, start, M, MB, D, DP).to(tl.float32)
+        own_mass = load_vector(d_mass + at, start, M, MB, 0.0)
+        store_part(d_sum + at * D, start, total, M, MB, D, DP)
+        store_vector(d_mass + at, start, mass, M, MB)
+        below = load_vector(reference + ((block + row) * G + g) * M, start, M, MB, 0.0)
+        decay = tl.exp(below - above)
         total = total * decay[:, None] + own
-        mass = mass * decay + load_vector(d_mass + at, M, MP, 0.0)
+        mass = mass * decay + own_mass
         above = below
+
+
+@triton.jit
+def fold_gradient_kernel(
+    k, v, dk, dv, block_row, key_token, key_position, fold_token, block_full,
+    weight, weight_low, bias, norm, norm_low, norm_bias, root,
+    reference, d_sum, d_mass, d_weight, d_bias, d_norm, d_norm_bias,
+    skb, skg, skl, svb, svg, svl, sgb, sgg, sgl, one_batch,
+    G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
+    WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, PART: tl.constexpr,
+    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to `dk` and `dv` what the keys folded at the end of a block contributed to all later states."""
+    block, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.load(block_row + block)
+    entry = block + row
+    batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
+    token = folded_tokens(
+        entry, block, g, key_token, key_position, fold_token, block_full, G, W, WP, SINKS, RETAINED, PURE
+    )
+    x = load_rows(k + batch * skb + g * skg, token, skl, D, DP, OPERAND)
+    y = load_rows(v + batch * svb + g * svg, token, svl, D, DP, OPERAND)
+    half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
+    half = tl.where(token >= 0, half, 1e30)
+    dx = tl.zeros((WP, DP), tl.float32)
+    dy = tl.zeros((WP, DP), tl.float32)
+    total = tl.zeros((WP,), tl.float32)
+    FEATURES: tl.constexpr = min(PART, MP)
+    for start in range(0, MP, FEATURES):
+        # Padded features get a reference that no key reaches.
+        above = load_vector(reference + ((entry + 1) * G + g) * M, start, M, FEATURES, 1e30)
+        above -= load_vector(bias + g * M, start, M, FEATURES, 0.0)
+        b = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+        feature = tl.exp(b - half[:, None] - above[None, :])
+        at = (block * G + g) * M
+        grad = load_part(d_sum + at * D, start, M, FEATURES, D, DP).to(OPERAND)
+        mass = load_vector(d_mass + at, start, M, FEATURES, 0.0)
+        dy += dot(feature.to(OPERAND), grad, PRECISION)
+        d_log = feature * (dot(y, tl.trans(grad), PRECISION) + mass[None, :])
+        w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
+        dx += dot(d_log.to(w.dtype), w, PRECISION)
+        total += tl.sum(d_log, 1)
+        if MAP_GRADIENT:
+            add_weight_gradient(d_log, x, d_weight, d_bias, g, start, M, FEATURES, D, DP, PRECISION)
+    dx += norm_gradient(
+        total, x, norm, norm_low, norm_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
+        MAP_GRADIENT, PRECISION,
+    )  # fmt: skip
+    # Every key is folded at most once, so nobody else writes these rows now.
+    dk += batch * sgb + g * sgg
+    dv += batch * sgb + g * sgg
+    store_rows(dk, token, sgl, load_rows(dk, token, sgl, D, DP, tl.float32) + dx, D, DP)
+    store_rows(dv, token, sgl, load_rows(dv, token, sgl, D, DP, tl.float32) + dy, D, DP)

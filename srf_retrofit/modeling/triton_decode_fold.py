@@ -1,0 +1,216 @@
+"""The once-a-block part of the decode kernel: which keys stay, what is folded, how the buffers move up.
+
+Runs inside `triton_decode_kernel.decode_kernel`, for one row and one key/value head, on memory that no other program
+touches. Threads of a program share it, so wherever something is overwritten that others may still have to read, or
+read that others have just written, there is a barrier between.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # passed on: `triton_decode` reports it, and a loader that scans for imports sees an optional one
+    raise
+
+LOG_ZERO = tl.constexpr(-1e30)
+
+
+@triton.jit
+def load_rows(base, row, here, D: tl.constexpr, DP: tl.constexpr):
+    """Rows `row` (N,) of a contiguous matrix with `D` columns where `here`, zeros elsewhere: (N, DP)."""
+    d = tl.arange(0, DP)
+    return tl.load(base + row[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, row, here, x, D: tl.constexpr, DP: tl.constexpr):
+    """The counterpart of `load_rows`."""
+    d = tl.arange(0, DP)
+    x = x.to(base.dtype.element_ty)
+    tl.store(base + row[:, None] * D + d[None, :], x, mask=here[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def dot_weight(x, weight):
+    """`x @ weight.T` of exact operands (N, DP) and a float32 matrix (K, DP): all its bits count."""
+    if x.dtype == tl.float32:
+        out = tl.dot(x, tl.trans(weight), input_precision="ieee")
+    else:
+        leading = weight.to(x.dtype)
+        rest = weight - leading.to(tl.float32)
+        middle = rest.to(x.dtype)
+        rest = rest - middle.to(tl.float32)
+        out = tl.dot(x, tl.trans(rest.to(x.dtype)))
+        out = tl.dot(x, tl.trans(middle), out)
+        out = tl.dot(x, tl.trans(leading), out)
+    return out
+
+
+@triton.jit
+def dot_value(p, value, out, OPERAND: tl.constexpr):
+    """`out + p @ value` of float32 weights in 0..1 (N, K) and values (K, DP), to 16 bits or more of each."""
+    if OPERAND == tl.float32:  # noqa: SIM300
+        out = tl.dot(p, value.to(tl.float32), out, input_precision="ieee")
+    else:
+        leading = p.to(OPERAND)
+        rest = (p - leading.to(tl.float32)).to(OPERAND)
+        if value.dtype == OPERAND:
+            out = tl.dot(rest, value, out)
+            out = tl.dot(leading, value, out)
+        else:
+            value = value.to(tl.float32)
+            high = value.to(OPERAND)
+            low = (value - high.to(tl.float32)).to(OPERAND)
+            out = tl.dot(leading, low, out)
+            out = tl.dot(rest, high, out)
+            out = tl.dot(leading, high, out)
+    return out
+
+
+@triton.jit
+def fold_keys(
+    key, value, leaves, kv_mean, k_sum, k_max, weight, bias, norm_weight, norm_bias, root,
+    M: tl.constexpr, MT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NT: tl.constexpr, EP: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Add the keys and values (EP, DP) marked in `leaves` (EP,) to the feature sums, in tiles of `MT` features."""
+    d = tl.arange(0, DP)
+    key = key.to(OPERAND)
+    # Half the squared length of each moved key.
+    half = tl.zeros((EP,), tl.float32)
+    if HAS_NORM_WEIGHT:
+        for n0 in range(0, D, NT):
+            n = n0 + tl.arange(0, NT)
+            moved = dot_weight(key, load_rows(norm_weight, n, n < D, D, DP)) * root
+            if HAS_NORM_BIAS:
+                moved += tl.load(norm_bias + n, mask=n < D, other=0.0)[None, :]
+            half += 0.5 * tl.sum(moved * moved, 1)
+    else:
+        moved = key.to(tl.float32) * root
+        if HAS_NORM_BIAS:
+            moved += tl.load(norm_bias + d, mask=d < D, other=0.0)[None, :]
+        half += 0.5 * tl.sum(moved * moved, 1)
+    for m0 in range(0, M, MT):
+        m = m0 + tl.arange(0, MT)
+        here = m < M
+        log_key = dot_weight(key, load_rows(weight, m, here, D, DP)) * root
+        log_key += tl.load(bias + m, mask=here, other=0.0)[None, :] - half[:, None]
+        log_key = tl.trans(tl.where(leaves[:, None], log_key, float("-inf")))  # (MT, EP)
+        mean = load_rows(kv_mean, m, here, D, DP).to(tl.float32)
+        mass = tl.load(k_sum + m, mask=here, other=0.0)
+        before = tl.maximum(tl.load(k_max + m, mask=here, other=0.0), LOG_ZERO)
+        top = tl.maximum(before, tl.max(log_key, 1))
+        feature = tl.exp(log_key - top[:, None])
+        kept = mass * tl.exp(before - top)
+        mass = kept + tl.sum(feature, 1)
+        total = dot_value(feature, value, mean * kept[:, None], OPERAND)
+        mean = total / tl.maximum(mass, 0.5)[:, None]
+        tl.debug_barrier()
+        store_rows(kv_mean, m, here, mean, D, DP)
+        tl.store(k_sum + m, mass, mask=here)
+        tl.store(k_max + m, tl.where(top > LOG_ZERO, top, float("-inf")), mask=here)
+
+
+@triton.jit
+def load_pool(retained, window, place, here, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Rows `place` of `[H retained | window]`, as `load_rows`."""
+    old = load_rows(retained, place, here & (place < H), D, DP)
+    new = load_rows(window, place - H, here & (place >= H), D, DP)
+    return tl.where((place < H)[:, None], old, new)
+
+
+@triton.jit
+def move_kept(
+    retained_key, retained_value, places, window_key, window_value,
+    W: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MOVE: tl.constexpr,
+):  # fmt: skip
+    """Slot `j` takes the key at place `places[j] >= j` of the pool, in ascending tiles, so that none is lost."""
+    for j0 in range(0, H, MOVE):
+        j = j0 + tl.arange(0, MOVE)
+        place = tl.load(places + j, mask=j < H, other=0.0)
+        place = tl.minimum(tl.maximum(place, 0.0), H + W - 1.0).to(tl.int32)
+        moves = (j < H) & (place != j)
+        key = load_pool(retained_key, window_key, place, moves, H, D, DP)
+        value = load_pool(retained_value, window_value, place, moves, H, D, DP)
+        tl.debug_barrier()
+        store_rows(retained_key, j, moves, key, D, DP)
+        store_rows(retained_value, j, moves, value, D, DP)
+
+
+@triton.jit
+def finish_block(
+    position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
+    retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, root,
+    W: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    EP: tl.constexpr, POOL: tl.constexpr, MOVE: tl.constexpr, MT: tl.constexpr, NT: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """After the last token of a block, at `position`: the block before leaves the window, this one takes its place.
+
+    The `H` retained keys and the `W` that leave are one pool, in order of position: `chunked.rank_and_evict`. A
+    rounded priority is a non-negative float with 11 zero bits at its end, or `-inf`; as an integer, with the place in
+    the pool in those bits, it sorts by priority and then by age, without ties. The `H`-th largest is found by
+    bisection. Two lists of places, of those that stay and of those that go, are needed across threads: they are kept,
+    as floats, where the priorities were, which are in registers by then and written anew at the end.
+    """
+    first = position + 1 - 2 * W
+    e = tl.arange(0, EP)
+    tl.debug_barrier()  # the step has just written to window and priorities
+    if H > 0:
+        i = tl.arange(0, POOL)
+        slot = i - H
+        arrives = (slot >= 0) & (slot < W) & (first + slot >= S)
+        priority = tl.load(retained_priority + i, mask=i < H, other=float("-inf"))
+        arriving = tl.load(window_priority + slot, mask=arrives, other=float("-inf"))
+        priority = tl.where(i < H, priority, arriving)
+        rank = (priority.to(tl.int32, bitcast=True) & -0x800) | (2047 - i)
+        rank = tl.where(i < H + W, rank, -0x7FFFFFFF)
+        # At least H places are >= low, fewer than H are >= high; low starts below -inf, high above every probability.
+        low = -0x800000
+        high = 0x7F000000
+        for _ in range(31):
+            middle = low + ((high - low) >> 1)
+            enough = tl.sum((rank >= middle).to(tl.int32), 0) >= H
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle)
+        stays = rank >= low
+        goes = (rank < low) & (i < H + W)
+        count = tl.cumsum(stays.to(tl.int32), 0)  # places that stay, up to and with each
+        tl.debug_barrier()
+        tl.store(retained_priority + count - 1, i.to(tl.float32), mask=stays & (count <= H))
+        folded = tl.where(priority > float("-inf"), i, -1)  # of an empty place nothing is folded
+        tl.store(window_priority + i - count, folded.to(tl.float32), mask=goes & (i - count < W))
+        tl.debug_barrier()
+        source = tl.load(window_priority + e, mask=e < W, other=-1.0)
+        # The bounds only matter for priorities that are not numbers, which must not lead out of the buffers.
+        source = tl.minimum(tl.maximum(source, -1.0), H + W - 1.0).to(tl.int32)
+        leaves = source >= 0
+        key = load_pool(retained_key, window_key, source, leaves, H, D, DP)
+        value = load_pool(retained_value, window_value, source, leaves, H, D, DP)
+    else:
+        leaves = (e < W) & (first + e >= S)
+        key = load_rows(window_key, e, leaves, D, DP)
+        value = load_rows(window_value, e, leaves, D, DP)
+    fold_keys(
+        key, value, leaves, kv_mean, k_sum, k_max, weight, bias, norm_weight, norm_bias, root,
+        M, MT, D, DP, NT, EP, HAS_NORM_WEIGHT, HAS_NORM_BIAS, OPERAND,
+    )  # fmt: skip
+
+    if H > 0:
+        move_kept(retained_key, retained_value, retained_priority, window_key, window_value, W, H, D, DP, MOVE)
+        tl.debug_barrier()
+        tl.store(retained_priority + count - 1, priority, mask=stays & (count <= H))
+
+    key = load_rows(window_key, W + e, e < W, D, DP)
+    value = load_rows(window_value, W + e, e < W, D, DP)
+    tl.debug_barrier()
+    store_rows(window_key, e, e < W, key, D, DP)
+    store_rows(window_value, e, e < W, value, D, DP)
+    store_rows(window_key, W + e, e < W, tl.zeros((EP, DP), tl.float32), D, DP)
+    store_rows(window_value, W + e, e < W, tl.zeros((EP, DP), tl.float32), D, DP)
+    if H > 0:
+        received = tl.load(window_priority + W + e, mask=e < W, other=float("-inf"))
+        tl.debug_barrier()
+        tl.store(window_priority + e, received, mask=e < W)
+        tl.store(window_priority + W + e, tl.full((EP,), float("-inf"), tl.float32), mask=e < W)

@@ -1,0 +1,271 @@
+"""The decode kernel: one token of one row and one key/value head, with all query heads that share it, per program.
+
+What `recurrent.attend_token` computes, in one pass over the state: sinks, window, retained keys and features enter one
+softmax tile by tile, each tile rescaling what came before (1805.02867). The tiles of queries are padded to 16 lines,
+so that every product runs on tensor cores; the memory is what counts, and the padding costs none of it.
+
+Accuracy: exponents, maxima, sums and the softmax are float32. Half-precision queries and keys are exact operands of
+products; a projection or geometry is split into three matrices of their type, which hold all its bits, and weights and
+float32 values into two (16 bits of mantissa or more). With float32 inputs every product is IEEE float32.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # see triton_decode_fold
+    raise
+
+from .triton_decode_fold import LOG_ZERO, dot_value, dot_weight, finish_block, load_rows, store_rows
+
+# Below every logit, LOG_ZERO included, and finite: differences of two are numbers.
+LOWEST = tl.constexpr(-3e38)
+
+
+@triton.jit
+def load_stream(base, row, here, D: tl.constexpr, DP: tl.constexpr):
+    """`load_rows` of what this program alone reads: first to leave the caches, so that the feature maps stay."""
+    d = tl.arange(0, DP)
+    at = base + row[:, None] * D + d[None, :]
+    return tl.load(at, mask=here[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def add_tile(top, total, out, logits, value, OPERAND: tl.constexpr):
+    """Take further logits (RP, N) and their values (N, DP) into a running softmax: maximum, sum, weighted values."""
+    highest = tl.maximum(top, tl.max(logits, 1))
+    shrink = tl.exp(top - highest)
+    p = tl.exp(logits - highest[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    out = out * shrink[:, None]
+    out = dot_value(p, value, out, OPERAND)
+    return highest, total, out
+
+
+@triton.jit
+def half_square(
+    x, norm_weight, norm_bias, root, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NT: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+):  # fmt: skip
+    """`|norm_weight x~ + norm_bias|^2 / 2` of queries (RP, DP), as (RP,)."""
+    d = tl.arange(0, DP)
+    half = tl.zeros((RP,), tl.float32)
+    if HAS_NORM_WEIGHT:
+        for n0 in range(0, D, NT):
+            n = n0 + tl.arange(0, NT)
+            moved = dot_weight(x, load_rows(norm_weight, n, n < D, D, DP)) * root
+            if HAS_NORM_BIAS:
+                moved += tl.load(norm_bias + n, mask=n < D, other=0.0)[None, :]
+            half += 0.5 * tl.sum(moved * moved, 1)
+    else:
+        moved = x.to(tl.float32) * root
+        if HAS_NORM_BIAS:
+            moved += tl.load(norm_bias + d, mask=d < D, other=0.0)[None, :]
+        half += 0.5 * tl.sum(moved * moved, 1)
+    return half
+
+
+@triton.jit
+def half_square_of_key(
+    key, norm_weight, norm_bias, root, D: tl.constexpr, DP: tl.constexpr, NT: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+):  # fmt: skip
+    """`half_square` of a single float32 key (DP,), a scalar."""
+    d = tl.arange(0, DP)
+    if HAS_NORM_WEIGHT:
+        # Line by line first, so that there is one sum over threads.
+        squares = tl.zeros((NT,), tl.float32)
+        for n0 in range(0, D, NT):
+            n = n0 + tl.arange(0, NT)
+            moved = tl.sum(load_rows(norm_weight, n, n < D, D, DP) * key[None, :], 1) * root
+            if HAS_NORM_BIAS:
+                moved += tl.load(norm_bias + n, mask=n < D, other=0.0)
+            squares += moved * moved
+        half = 0.5 * tl.sum(squares, 0)
+    else:
+        moved = key * root
+        if HAS_NORM_BIAS:
+            moved += tl.load(norm_bias + d, mask=d < D, other=0.0)
+        half = 0.5 * tl.sum(moved * moved, 0)
+    return half
+
+
+@triton.jit
+def decode_kernel(
+    q, k, v, out, active,
+    kv_mean, k_sum, k_max, window_key, window_value, window_priority, sink_key, sink_value,
+    retained_key, retained_value, retained_priority, length,
+    query_weight, query_bias, query_norm_weight, query_norm_bias,
+    key_weight, key_bias, key_norm_weight, key_norm_bias,
+    scaling, root, sqb, sqh, skb, skg, svb, svg, sab,
+    G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, EP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    H: tl.constexpr, HT: tl.constexpr, POOL: tl.constexpr, DELAY: tl.constexpr,
+    MT: tl.constexpr, NT: tl.constexpr, FT: tl.constexpr,
+    TAIL: tl.constexpr, MASKED: tl.constexpr, QUERY_MATRIX: tl.constexpr, QUERY_SHIFT: tl.constexpr,
+    KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Grid (B, G): rows of one head run side by side and share its feature map in the caches.
+
+    Rows of the state are never read after they were written, but for the end of a block; see `finish_block`.
+    """
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at = b * G + g
+    kv_mean += at * (M * D)
+    k_sum += at * M
+    k_max += at * M
+    window_key += at * (2 * W * D)
+    window_value += at * (2 * W * D)
+    window_priority += at * (2 * W)
+    sink_key += at * (S * D)
+    sink_value += at * (S * D)
+    retained_key += at * (H * D)
+    retained_value += at * (H * D)
+    retained_priority += at * H
+    query_weight += g * (M * D)
+    query_bias += g * M
+    key_weight += g * (M * D)
+    key_bias += g * M
+    if QUERY_MATRIX:
+        query_norm_weight += g * (D * D)
+    if QUERY_SHIFT:
+        query_norm_bias += g * D
+    if KEY_MATRIX:
+        key_norm_weight += g * (D * D)
+    if KEY_SHIFT:
+        key_norm_bias += g * D
+
+    position = tl.load(length + b).to(tl.int32)
+    if MASKED:
+        is_active = tl.load(active + b * sab) != 0
+    else:
+        is_active = position >= 0
+    columns = tl.where(is_active, D, 0)  # of rows to be written
+    r, d = tl.arange(0, RP), tl.arange(0, DP)
+    is_head = r < R
+    heads = (is_head[:, None]) & (d < D)[None, :]
+    x = tl.load(q + b * sqb + (g * R + r)[:, None] * sqh + d[None, :], mask=heads, other=0.0).to(OPERAND)
+    new_key = tl.load(k + b * skb + g * skg + d, mask=d < D, other=0.0)
+    new_value = tl.load(v + b * svb + g * svg + d, mask=d < D, other=0.0)
+
+    # The loads of the exact keys first: they are under way while the queries' norms are computed.
+    if S > 0:
+        t = tl.arange(0, SP)
+        new_sink = (t == position) & (t < S)
+        sink_seen = (t <= position) & (t < S)
+        sk = load_stream(sink_key, t, sink_seen & (t != position), D, DP)
+        sv = load_stream(sink_value, t, sink_seen & (t != position), D, DP)
+        sk = tl.where(new_sink[:, None], new_key[None, :], sk)
+        sv = tl.where(new_sink[:, None], new_value[None, :], sv)
+    if W > 0:
+        phase = position % W
+        slot = tl.arange(0, WP)
+        in_window = position - phase - W + slot  # position of each slot; padding lies behind the token
+        new_slot = slot == W + phase
+        seen = (in_window >= S) & (in_window <= position)
+        wk = load_stream(window_key, slot, seen & (in_window < position), D, DP)
+        wv = load_stream(window_value, slot, seen & (in_window < position), D, DP)
+        wk = tl.where(new_slot[:, None], new_key[None, :], wk)
+        wv = tl.where(new_slot[:, None], new_value[None, :], wv)
+    if H > 0:
+        counts = seen & (in_window < tl.where(is_active, position - DELAY, S))
+        priority = tl.load(window_priority + slot, mask=counts, other=float("-inf"))
+        j = tl.arange(0, HT)
+        rp = tl.load(retained_priority + j, mask=j < H, other=float("-inf"))
+        rk = load_stream(retained_key, j, j < H, D, DP)
+        rv = load_stream(retained_value, j, j < H, D, DP)
+
+    if TAIL:
+        half = half_square(
+            x, query_norm_weight, query_norm_bias, root, RP, D, DP, NT, QUERY_MATRIX, QUERY_SHIFT
+        )  # fmt: skip
+
+    top = tl.full((RP,), LOWEST, tl.float32)
+    total = tl.zeros((RP,), tl.float32)
+    o = tl.zeros((RP, DP), tl.float32)
+    if S > 0:
+        logits = tl.dot(x, tl.trans(sk.to(OPERAND)), input_precision="ieee") * scaling
+        logits = tl.where(sink_seen[None, :], logits, float("-inf"))
+        top, total, o = add_tile(top, total, o, logits, sv, OPERAND)
+        writes = d < tl.where(position < S, columns, 0)
+        tl.store(sink_key + position * D + d, new_key, mask=writes)
+        tl.store(sink_value + position * D + d, new_value, mask=writes)
+    if W > 0:
+        logits = tl.dot(x, tl.trans(wk.to(OPERAND)), input_precision="ieee") * scaling
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        top, total, o = add_tile(top, total, o, logits, wv, OPERAND)
+        tl.store(window_key + (W + phase) * D + d, new_key, mask=d < columns)
+        tl.store(window_value + (W + phase) * D + d, new_value, mask=d < columns)
+    if H > 0:
+        # The largest probability, over the query heads, of each key among sinks and window; `chunked.round_priority`.
+        p = tl.exp(logits - (top + tl.log(total))[:, None])
+        received = tl.max(tl.where(is_head[:, None], p, 0.0), 0)
+        bits = (received.to(tl.int32, bitcast=True) + 0x400) & -0x800
+        priority = tl.maximum(priority, bits.to(tl.float32, bitcast=True))
+        tl.debug_barrier()
+        tl.store(window_priority + slot, priority, mask=counts)
+        for h0 in range(0, H, HT):
+            n = h0 + HT + tl.arange(0, HT)
+            next_rp = tl.load(retained_priority + n, mask=n < H, other=float("-inf"))
+            next_rk = load_stream(retained_key, n, n < H, D, DP)
+            next_rv = load_stream(retained_value, n, n < H, D, DP)
+            logits_h = tl.dot(x, tl.trans(rk.to(OPERAND)), input_precision="ieee") * scaling
+            logits_h = tl.where((rp > float("-inf"))[None, :], logits_h, float("-inf"))
+            top, total, o = add_tile(top, total, o, logits_h, rv, OPERAND)
+            rp, rk, rv = next_rp, next_rk, next_rv
+
+    if W == 0:
+        # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
+        folds = is_active & (position >= S)
+        key = new_key.to(tl.float32)
+        value = new_value.to(tl.float32)
+        key_half = half_square_of_key(key, key_norm_weight, key_norm_bias, root, D, DP, NT, KEY_MATRIX, KEY_SHIFT)
+    if TAIL or (W == 0):
+        for m0 in range(0, M, MT):
+            m = m0 + tl.arange(0, MT)
+            here = m < M
+            if TAIL:
+                weight = load_rows(query_weight, m, here, D, DP)
+                bias = tl.load(query_bias + m, mask=here, other=0.0)
+            stored = load_stream(kv_mean, m, here, D, DP)
+            mass = tl.load(k_sum + m, mask=here, other=0.0)
+            mark = tl.maximum(tl.load(k_max + m, mask=here, other=0.0), LOG_ZERO)
+            if W == 0:
+                log_key = tl.sum(load_rows(key_weight, m, here, D, DP) * key[None, :], 1) * root
+                log_key += tl.load(key_bias + m, mask=here, other=0.0) - key_half
+                log_key = tl.where(folds, log_key, float("-inf"))
+                highest = tl.maximum(mark, log_key)
+                feature = tl.exp(log_key - highest)
+                kept = mass * tl.exp(mark - highest)
+                mass = kept + feature
+                mark = highest
+                mean = stored.to(tl.float32) * kept[:, None] + feature[:, None] * value[None, :]
+                stored = (mean / tl.maximum(mass, 0.5)[:, None]).to(stored.dtype)
+                changes = m < tl.where(folds, M, 0)
+                tl.debug_barrier()
+                store_rows(kv_mean, m, changes, stored, D, DP)
+                tl.store(k_sum + m, mass, mask=changes)
+                tl.store(k_max + m, highest, mask=changes)
+            if TAIL:
+                logits_m = dot_weight(x, weight) * root
+                logits_m += (bias + mark + tl.log(tl.maximum(mass, 0.5)))[None, :] - half[:, None]
+                logits_m = tl.where(here[None, :], logits_m, float("-inf"))
+                top, total, o = add_tile(top, total, o, logits_m, stored, OPERAND)
+    if not TAIL:
+        # As without kernels: a weightless key in the features' place.
+        highest = tl.maximum(top, LOG_ZERO)
+        o = o * tl.exp(top - highest)[:, None]
+        total = total * tl.exp(top - highest) + tl.exp(-highest + LOG_ZERO)
+
+    o = tl.where(is_active, o / total[:, None], 0.0)
+    tl.store(out + (b * G + g) * (R * D) + r[:, None] * D + d[None, :], o.to(out.dtype.element_ty), mask=heads)
+
+    if W > 0:  # noqa: SIM102 (decided when compiled, the other when run)
+        if is_active & (phase == W - 1):
+            finish_block(
+                position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
+                retained_key, retained_value, retained_priority,
+                key_weight, key_bias, key_norm_weight, key_norm_bias, root,
+                W, S, H, M, D, DP, EP, POOL, FT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND,
+            )  # fmt: skip
