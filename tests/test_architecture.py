@@ -33,11 +33,12 @@ FLOORS = [
 ]
 MODELING_FLOORS = [
     {"configuration", "saving"},
-    {"configuration_hf", "random_features", "feature_map", "state"},
-    {"feature_sums"},
-    {"chunked"},
-    {"recurrent", "bidirectional"},
-    {"layout"},
+    {"configuration_hf", "random_features", "feature_map", "state", "softmax_parts", "triton_common"},
+    {"feature_sums", "block_tables", "triton_pure", "triton_retain", "triton_sums", "triton_decode_fold"},
+    {"feature_attention", "fused_call", "triton_attend", "triton_decode_kernel"},
+    {"chunked", "triton_attend_backward", "triton_decode"},
+    {"recurrent", "bidirectional", "fused"},
+    {"layout", "fused_attention"},
     {"ops"},
     {"features", "standalone"},
     {"cache"},

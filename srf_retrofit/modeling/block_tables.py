@@ -8,7 +8,7 @@ the `E` exact keys of their state stand before the new ones.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,7 +96,7 @@ def _tables(
     continues = before is not None and not pure
     window = sinks + retained  # of a state's keys, where those of the window begin
     extra = 0 if before is None else window + (0 if pure else 2 * w)
-    whole = {"dtype": torch.int64, "device": device}
+    whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
 
     count = torch.tensor(block_counts(rows, length, w, documents, continues), dtype=torch.int64)
     row_block = torch.cat([count.new_zeros(1), count.cumsum(0)])
@@ -169,10 +169,10 @@ def _tables(
         sink_token = torch.where(sink < seen.unsqueeze(-1), kept(sink_row, sink.expand(rows, -1)), sink_token)
     boundary = (phase + new) // w
     full = (index <= boundary[entry_row])[own_entry]
-    narrow = (x.to(torch.int32).contiguous() for x in (
+    found_here = (
         block_row, row_block, full, entry_table, run_table, row_run, query_token, key_token, key_position, sink_token,
-    ))  # fmt: skip
-    return BlockTables(*narrow, boundary)
+    )  # fmt: skip
+    return BlockTables._make([*(x.to(torch.int32).contiguous() for x in found_here), boundary])
 
 
 def block_counts(rows: int, length: int, w: int, documents: list[tuple[int, int]] | None, continues: bool) -> list[int]:

@@ -36,11 +36,25 @@ class Sizes(NamedTuple):
     PURE: bool
     TAIL: bool
 
-    MP = property(lambda self: power(self.M))
-    DP = property(lambda self: power(self.D))
-    WP = property(lambda self: power(self.W))
-    HP = property(lambda self: power(self.H))
-    SP = property(lambda self: power(self.SINKS))
+    @property
+    def MP(self) -> int:
+        return power(self.M)
+
+    @property
+    def DP(self) -> int:
+        return power(self.D)
+
+    @property
+    def WP(self) -> int:
+        return power(self.W)
+
+    @property
+    def HP(self) -> int:
+        return power(self.H)
+
+    @property
+    def SP(self) -> int:
+        return power(self.SINKS)
 
     @property
     def feature_parts(self) -> int:

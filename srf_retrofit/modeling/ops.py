@@ -180,7 +180,7 @@ def choose_backend(
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "torch":
         return "torch", "asked for"
-    reason = why_not_fused(q, config, causal)
+    reason = why_not_fused(q, config, causal, step)
     if reason is None and step:
         reason = refusal(config, q.shape[-1], q.dtype, q.device)
     if backend == "triton":

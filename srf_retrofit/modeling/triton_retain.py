@@ -32,7 +32,7 @@ def local_keys(key_token, entry, position, start, W: tl.constexpr, WP: tl.conste
 def local_logits(q, keys, token, key_place, place, scaling, PRECISION: tl.constexpr):
     """Logits of queries at places `place` of a block over `local_keys`, `-inf` where invisible."""
     logits = dot(q, tl.trans(keys), PRECISION) * scaling
-    # Compared, never subtracted: Triton 3.6 miscompiles the sign of a sum of both on half of the lines.
+    # Compared, not subtracted: `place - key_place >= 0` came out wrong on half of a tile's lines (Triton 3.6, sm_90).
     return tl.where((token >= 0)[None, :] & (key_place[None, :] <= place[:, None]), logits, float("-inf"))
 
 
