@@ -10,12 +10,14 @@ import pytest
 import torch
 from core_inputs import assert_states_close
 
+from srf_retrofit import retrofit
 from srf_retrofit.modeling import block_tables, fused, fused_call
+from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.configuration import SRFConfig
 from srf_retrofit.modeling.feature_map import FeatureMap, FoldedMap, LinearFeatures
 from srf_retrofit.modeling.ops import choose_backend, fold, srf_attention
 from srf_retrofit.modeling.state import SRFState
-from srf_retrofit.testing import assert_close, quadratic_attention, random_feature_map
+from srf_retrofit.testing import assert_close, quadratic_attention, random_feature_map, tiny_llama
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIELDS = ("kv_mean", "k_sum", "window_key", "window_value", "sink_key", "sink_value", "retained_key", "retained_value")
@@ -253,6 +255,45 @@ def test_a_compiled_graph_holds_the_kernels_as_one_operator():
     grads, rights = (torch.autograd.grad(x.square().sum(), xs) for x in (o, plain))
     for mine, theirs in zip(grads, rights, strict=True):
         assert_close(mine.cpu(), theirs.double().cpu(), 1e-5)
+
+
+@torch.no_grad()
+def test_a_step_overwrites_the_state_only_when_told_to():
+    config, maps = config_of(8, 2, 3), random_feature_map(1, 16, 16).to(DEVICE)
+    _, state = srf_attention(*tensors(21), maps, config, output_final_state=True, backend="torch")
+    before = SRFState(*(t.clone() for t in state))
+    token = tensors(1)
+    o, wanted = srf_attention(*token, maps, config, initial_state=state, output_final_state=True, backend="torch")
+    step = {"initial_state": state, "output_final_state": True, "backend": "triton"}
+    mine, after = srf_attention(*token, maps, config, **step)
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+    assert_close(mine.cpu(), o.double().cpu(), 1e-5)
+    assert_states_close(SRFState(*(t.cpu() for t in after)), SRFState(*(t.cpu() for t in wanted)), 1e-5)
+    _, same = srf_attention(*token, maps, config, in_place=True, **step)
+    assert same is state
+    assert_states_close(SRFState(*(t.cpu() for t in same)), SRFState(*(t.cpu() for t in wanted)), 1e-5)
+
+
+@torch.no_grad()
+def test_a_model_computes_the_same_with_either_backend():
+    config = SRFConfig(num_features=16, window=4, sinks=2, retained=3)
+    model = retrofit(tiny_llama(num_hidden_layers=1), config).to(DEVICE)
+    ids = torch.randint(3, 97, (2, 14), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    logits = {}
+    for backend in ("torch", "triton"):
+        for layer in srf_attentions(model):
+            layer.backend = backend
+        out = model(ids[:, :11], attention_mask=mask[:, :11], use_cache=True)
+        steps = [out.logits]
+        for i in range(11, 14):
+            out = model(
+                ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=out.past_key_values, use_cache=True
+            )
+            steps.append(out.logits)
+        logits[backend] = torch.cat(steps, 1)[mask.bool()]
+    assert_close(logits["triton"].cpu(), logits["torch"].double().cpu(), 2e-5)
 
 
 # -- on a GPU, at the shapes of real models --------------------------------------------------------------------------
