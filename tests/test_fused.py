@@ -108,6 +108,11 @@ def test_ablations(ablation):
     compare_plain(config_of(8, 2, 3), 37, random_feature_map(1, 16, 16), ablation=ablation)
 
 
+@pytest.mark.parametrize("mode", PURE, ids=str)
+def test_the_pure_form_without_its_tail_is_its_sinks(mode):
+    compare_plain(config_of(*mode), 37, random_feature_map(1, 16, 16), ablation="no_tail")
+
+
 def reference(xs, maps, config, **rows):
     """The PyTorch core in float64, on the CPU."""
     rows = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in rows.items()}

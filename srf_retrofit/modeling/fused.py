@@ -232,7 +232,10 @@ def _attend_backward(
         if not s.TAIL:
             d_sum.zero_()
             d_mass.zero_()
-        if s.PURE:
+        if s.PURE and not s.TAIL:
+            dk.zero_()
+            dv.zero_()
+        elif s.PURE:
             in_block_key_kernel[(call.blocks, s.G)](
                 q, k, v, do, dk, dv, t.block_row, t.query_token, t.key_token, t.key_position,
                 *call.query[:3], *call.key, call.root, log_sum, half_norm, delta, *d_key, call.blocks,

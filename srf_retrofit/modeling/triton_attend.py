@@ -112,7 +112,7 @@ def attend_kernel(
             slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
             slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
             top, mass, total = absorb(slot_logits, slot_values, top, mass, total, OPERAND, PRECISION)
-    if PURE:
+    if PURE and TAIL:
         own_at, _own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
         own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
         own_values = load_rows(v, own_at, svl, D, DP, OPERAND)
@@ -129,7 +129,7 @@ def attend_kernel(
             own_logits = in_block_logits(a, b, WP, OPERAND, PRECISION)
             own_logits = tl.where((own_at >= 0)[None, :], own_logits, float("-inf"))
             top, mass, total = absorb(own_logits, own_values, top, mass, total, OPERAND, PRECISION)
-    else:
+    if not PURE:
         LOCAL: tl.constexpr = min(PART, 2 * WP)
         for start in range(0, 2 * WP, LOCAL):
             near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)

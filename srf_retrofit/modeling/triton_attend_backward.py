@@ -104,14 +104,14 @@ def query_kernel(
             slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
             _slot_p, slot_d_logits = exact_gradient(slot_logits, dy, dl, ls, slot_values, scaling, PRECISION)
             dx += dot(slot_d_logits.to(OPERAND), slot_keys, PRECISION)
-    if PURE:
+    if PURE and TAIL:
         own_at, _own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
         own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
         d_own = dot(dy, tl.trans(load_rows(v, own_at, svl, D, DP, OPERAND)), PRECISION) - dl[:, None]
         key_half = half_norm_of(
             own_keys, key_norm, key_norm_low, key_norm_bias, root, g, D, DP, min(PART, DP), KEY_MATRIX, SPLIT, PRECISION
         )
-    else:
+    if not PURE:
         LOCAL: tl.constexpr = min(PART, 2 * WP)
         for start in range(0, 2 * WP, LOCAL):
             near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)
@@ -120,19 +120,16 @@ def query_kernel(
             near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
             _near_p, near_d_logits = exact_gradient(near_logits, dy, dl, ls, near_values, scaling, PRECISION)
             dx += dot(near_d_logits.to(OPERAND), near_keys, PRECISION)
-    if TAIL or PURE:
+    if TAIL:
         FEATURES: tl.constexpr = min(PART, MP)
         total = tl.zeros((HEADS * WP,), tl.float32)
         half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
         for start in range(0, MP, FEATURES):
             a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION) - half[:, None]
             a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
-            if TAIL:
-                logits = a + load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)[None, :]
-                values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
-                _p, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
-            else:
-                da = tl.zeros((HEADS * WP, FEATURES), tl.float32)
+            logits = a + load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)[None, :]
+            values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
+            p, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
             if PURE:
                 b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
                 b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - key_half[:, None]
