@@ -26,6 +26,7 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, heading: str = "") ->
     # The object interface: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure = Figure(figsize=(5.6 * len(panels), 4.4), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
@@ -43,6 +44,11 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, heading: str = "") ->
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(sorted(ticks), [short(int(x)) for x in sorted(ticks)])
+        low, high = axis.get_ylim()
+        # A narrow range holds no power of ten to name.
+        steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 5 * low else (1, 2, 5) if high < 200 * low else (1,)
+        axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e5e5e5", lw=0.6)

@@ -129,7 +129,7 @@ def query_kernel(
             a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
             logits = a + load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)[None, :]
             values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
-            p, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
+            _, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
             if PURE:
                 b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
                 b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - key_half[:, None]
