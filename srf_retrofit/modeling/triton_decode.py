@@ -25,6 +25,7 @@ import torch
 
 from .configuration import SRFConfig
 from .feature_map import FoldedMap
+from .fused_call import interpreted
 from .state import SRFState
 
 try:
@@ -55,11 +56,6 @@ _SCHEMA = (
     + "".join(f", Tensor{'?' if 'norm' in name else ''} {name}" for name in _MAP_NAMES)
     + ", int delay, float scaling, bool use_tail) -> Tensor"
 )
-
-
-def interpreted() -> bool:
-    """Whether the kernel runs in Triton's interpreter, on CPU tensors; settled when Triton is first imported."""
-    return triton is not None and not isinstance(decode_kernel, triton.JITFunction)
 
 
 def available() -> bool:
