@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .modeling.attention import check_dropout, srf_attentions
 from .modeling.configuration import SRFConfig
 from .modeling.configuration_hf import choose_layers
-from .modeling.features import SRFFeatures
+from .modeling.learned_maps import feature_module
 from .modeling.modeling import FAMILIES, Family, become_softmax, become_srf, find_family
 from .modeling.state import SRFState
 
@@ -91,13 +91,14 @@ class RetrofitPlan:
 
     def __str__(self) -> str:
         c = self.config
+        kind = c.projection if c.feature_map == "random" else c.feature_map
         exact = "none (pure form)" if c.is_pure else f"{c.sinks} sinks, window {c.window}, {c.retained} retained"
         rows = [
             ("model", f"{self.model_class} -> {self.target_class} ({self.dtype})"),
             ("retrofitted layers", f"{len(self.layers)} of {self.num_layers}: {_ranges(self.layers)}"),
             ("softmax layers", _ranges(self.softmax_layers) if self.softmax_layers else "none"),
             ("heads", f"{self.num_heads} query, {self.num_kv_heads} key/value, dimension {self.head_dim}"),
-            ("features", f"{c.num_features} {c.projection}, seed {c.seed}"),
+            ("features", f"{c.num_features} {kind}, seed {c.seed}"),
             ("exact keys", exact),
             ("adopted weights", f"{self.parameters:,} (unchanged)"),
             ("added buffers", _bytes(self.buffer_bytes)),
@@ -250,13 +251,12 @@ def _plan(
     num_kv_heads = conf.num_attention_heads // first.num_key_value_groups
     dtype = first.v_proj.weight.dtype if first.v_proj.weight.is_floating_point() else model.dtype
     state = SRFState.empty(config, 1, num_kv_heads, first.head_dim, dtype=dtype, device="meta")
-    features = SRFFeatures(config, num_kv_heads, first.head_dim, device="meta")
+    features = feature_module(config, conf.num_attention_heads, num_kv_heads, first.head_dim, device="meta")
     kv = 2 * num_kv_heads * first.head_dim * dtype.itemsize
     everything = len(chosen) == conf.num_hidden_layers
-    targets = {family.model: family.srf_model, family.head: family.srf_head}
     plan = RetrofitPlan(
         model_class=type(model).__name__,
-        target_class=targets[type(model)].__name__,
+        target_class=(family.srf_model if type(model) is family.model else family.srf_head).__name__,
         config=config.replace(layers=None if everything else tuple(chosen)),
         num_layers=conf.num_hidden_layers,
         layers=tuple(chosen),
@@ -265,7 +265,7 @@ def _plan(
         head_dim=first.head_dim,
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(p.numel() for layer in attentions for p in layer.parameters()),
-        buffer_bytes=len(chosen) * sum(b.numel() * b.element_size() for b in features.buffers()),
+        buffer_bytes=len(chosen) * sum(t.numel() * t.element_size() for t in features.state_dict().values()),
         state_bytes=len(chosen) * state.nbytes(),
         kv_bytes_per_token=len(chosen) * kv,
     )

@@ -40,7 +40,9 @@ def oracle_log_features(x: torch.Tensor, maps: FeatureMap, side: str, scaling: f
     stretch = 1 - 4 * a
     dot = torch.einsum("gmi,g...i->g...m", w * stretch.sqrt()[:, None], moved)
     quadratic = _like((w * a[:, None] * w).sum(-1), dot)
-    constant = _like(0.25 * stretch.log().sum(-1, keepdim=True) - 0.5 * math.log(m), dot)
+    if side == "query" and maps.log_weight is not None:
+        dot = dot + _like(maps.log_weight, dot)
+    constant = _like(0.25 * stretch.log().sum(-1, keepdim=True) - 0.5 * math.log(max(m, 1)), dot)
     return quadratic + dot + (linear - 0.5 * (moved * moved).sum(-1))[..., None] + constant
 
 
@@ -134,6 +136,8 @@ def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail):
 
 def _log_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """log sum_r exp(a_ir + b_jr), (G, R, L, M), (G, L, M) -> (G, R, L, L); elementwise where that is affordable."""
+    if not a.shape[-1]:
+        return a.new_full((*a.shape[:-1], b.shape[1]), -torch.inf)
     if a[..., 0].numel() * b.shape[1] * b.shape[2] <= 3e7:
         return (a.unsqueeze(-2) + b[:, None, None]).logsumexp(-1)
     top = b.detach().amax(1, keepdim=True)  # (G, 1, M)
@@ -151,12 +155,13 @@ def _retained_sets(score: torch.Tensor, exact: torch.Tensor, config: SRFConfig):
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
     counts = (i - j > delay) & (i // w - j // w <= 1) & (j >= s)
     priority = _rounded(p.masked_fill(~counts, -torch.inf).amax((1, 2)))  # (G, L)
+    level = _level(priority) + config.fade * (torch.arange(length) // w)
     slots = []
     for head in range(g):
         sets: list[list[int]] = [[], []]  # nothing has left the window before block 2
         for block in range(2, length // w + 1):
             arriving = [x for x in range((block - 2) * w, (block - 1) * w) if x >= s]
-            pool = sorted(sets[-1] + arriving, key=lambda x: (-float(priority[head, x]), x))
+            pool = sorted(sets[-1] + arriving, key=lambda x: (-float(level[head, x]), x))
             sets.append(sorted(pool[:h]))
         last = length // w + 1
         # One entry a block that holds queries, then the one that the next token would see.
@@ -164,6 +169,12 @@ def _retained_sets(score: torch.Tensor, exact: torch.Tensor, config: SRFConfig):
         queries = -(-length // w)
         slots.append([sets[min(x, len(sets) - 1)] for x in range(queries)] + [sets[length // w]])
     return slots, priority
+
+
+def _level(p: torch.Tensor) -> torch.Tensor:
+    """Logarithm of a rounded priority, 4096 steps an octave and linear inside it; 0 at 2^-127."""
+    mantissa, exponent = torch.frexp(p)
+    return torch.where(p > 0, (4096 * (exponent + 126 + 2 * mantissa - 1)).clamp_min(0), p)
 
 
 def _rounded(p: torch.Tensor) -> torch.Tensor:
@@ -197,7 +208,7 @@ def _final_state(kr, vr, b, slots, priority, config) -> SRFState:
         for place, x in zip(range(h - len(kept), h), kept, strict=True):
             state.retained_key[head, place] = kr[head, x].detach()
             state.retained_value[head, place] = vr[head, x].detach()
-            state.retained_priority[head, place] = priority[head, x]
+            state.retained_priority[head, place] = _level(priority[head, x]) + config.fade * (x // w)
         for x in range(max((block - 1) * w, 0), length if w else 0):
             place = x - (block - 1) * w
             state.window_key[head, place] = kr[head, x].detach()
@@ -247,7 +258,10 @@ def _step_head(qs, ks, vs, maps, config, scaling):
     for i in range(qs.shape[1]):
         if w and i % w == 0 and i >= 2 * w:
             pool = retained + [x for x in range(i - 2 * w, i - w) if x >= s]
-            pool.sort(key=lambda x: (-priority[x], x))
+            level = _level(torch.tensor(priority, dtype=torch.float64)) + config.fade * (
+                torch.arange(len(priority)) // w
+            )
+            pool.sort(key=lambda x: (-float(level[x]), x))
             retained, losers = sorted(pool[:h]), pool[h:]
             tail += losers
         if not w and i >= s:
@@ -288,7 +302,10 @@ def assert_close(
 def random_feature_map(
     num_heads: int, num_features: int, head_dim: int, *, geometry: str = "proposal", seed: int = 0
 ) -> FeatureMap:
-    """A float32 feature map with a random, well-conditioned geometry of the given level (see `calibration`)."""
+    """A float32 feature map with a random, well-conditioned geometry of the given level (see `calibration`).
+
+    The highest one, "proposal", comes with log-weights.
+    """
     generator = torch.Generator().manual_seed(seed)
     w = draw_projection(num_features, head_dim, num_heads=num_heads, seed=seed)
     if geometry == "identity":
@@ -302,7 +319,8 @@ def random_feature_map(
     if geometry == "preconditioner":
         return FeatureMap(w, c_q, c_k, m, inverse)
     proposal = -0.1 * torch.rand(num_heads, head_dim, generator=generator)
-    return FeatureMap(w, c_q, c_k, m, inverse, proposal)
+    log_weight = -0.3 * torch.rand(num_heads, num_features, generator=generator)
+    return FeatureMap(w, c_q, c_k, m, inverse, proposal, log_weight)
 
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:

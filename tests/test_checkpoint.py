@@ -236,13 +236,13 @@ FIRST = "model.layers.0.self_attn.attn_fn."
     ("damage", "message"),
     [
         (
-            lambda d: change_config(d, version=2),
-            "has version 2, but this release of srf_retrofit reads up to version 1",
+            lambda d: change_config(d, version=3),
+            "has version 3, but this release of srf_retrofit reads up to version 2",
         ),
         (lambda d: change_config(d, kernel="cosine"), r"unknown SRF configuration field\(s\) kernel"),
         (lambda d: change_config(d, window=-1), "window must be >= 0, got -1"),
         (lambda d: change_config(d, layers=[7]), r"srf names layer\(s\) \[7\]"),
-        (lambda d: change_weights(d, lambda w: w.pop(FIRST + "projection")), "1 of 18 feature tensors are missing"),
+        (lambda d: change_weights(d, lambda w: w.pop(FIRST + "projection")), "1 of 21 feature tensors are missing"),
         (lambda d: change_weights(d, lambda w: w[FIRST + "proposal"].fill_(torch.nan)), "proposal has values that are"),
     ],
     ids=["future version", "unknown field", "bad value", "bad layer", "missing tensor", "not finite"],

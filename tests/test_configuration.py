@@ -20,11 +20,12 @@ from srf_retrofit.testing import assert_close, quadratic_attention, random_featu
 def configurations(draw: st.DrawFn, largest: int = 1024) -> SRFConfig:
     window = draw(st.integers(0, largest))
     return SRFConfig(
-        num_features=draw(st.integers(1, largest)),
+        num_features=draw(st.integers(0 if window else 1, largest)),
         window=window,
         sinks=draw(st.integers(0, largest)),
         retained=draw(st.integers(0, largest)) if window else 0,
         retention_delay=draw(st.integers(0, 16)),
+        retention_half_life=draw(st.integers(0, 64)),
         projection=draw(st.sampled_from(PROJECTIONS)),
         state_dtype=draw(st.sampled_from(STATE_DTYPES)),
         seed=draw(st.integers(0, 2**40)),
@@ -66,7 +67,11 @@ def test_every_accepted_configuration_matches_the_oracle(config, length, chunk_s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_features": 0}, "num_features must be >= 1, got 0"),
+        ({"num_features": -1}, "num_features must be >= 0, got -1"),
+        ({"num_features": 0, "window": 0, "retained": 0}, "num_features=0 with window=0 leaves nothing to attend to"),
+        ({"feature_map": "softmax"}, "feature_map must be one of random, trained, hedgehog, relu, got 'softmax'"),
+        ({"feature_map": "hedgehog", "num_features": 7}, "hedgehog features come in pairs"),
+        ({"retention_half_life": -1}, "retention_half_life must be >= 0, got -1"),
         ({"num_features": 2.5}, "num_features must be an integer, got 2.5"),
         ({"num_features": True}, "num_features must be an integer, got True"),
         ({"window": -1}, "window must be >= 0, got -1"),
@@ -92,7 +97,7 @@ def test_a_newer_version_is_refused_before_its_fields_are_looked_at():
 
 
 def test_unknown_fields_and_other_types_are_refused():
-    with pytest.raises(ValueError, match="unknown SRF configuration field\\(s\\) windows; known: layers"):
+    with pytest.raises(ValueError, match="unknown SRF configuration field\\(s\\) windows; known: feature_map, layers"):
         SRFConfig.from_dict({"windows": 3})
     with pytest.raises(ValueError, match="must be a mapping, got list"):
         SRFConfig.from_dict([1])

@@ -142,6 +142,8 @@ def reference(x: torch.Tensor, maps: FeatureMap, side: str, scaling: float) -> t
     out = out + torch.einsum("gmd,gd->gm", w.square(), maps.proposal).unsqueeze(-2)
     out = out - moved.square().sum(-1, keepdim=True) / 2
     if side == "query":
+        assert maps.log_weight is not None
+        out = out + maps.log_weight.unsqueeze(-2)
         linear = torch.einsum("bgld,gd->bgl", x, maps.key_shift)
     else:
         linear = torch.einsum("bgld,gd->bgl", x - mine.unsqueeze(-2), maps.query_shift)
@@ -152,6 +154,7 @@ def reference(x: torch.Tensor, maps: FeatureMap, side: str, scaling: float) -> t
 def full_map(dtype: torch.dtype = torch.float64) -> FeatureMap:
     geometry = {name: torch.cat([t, t.flip(-1)]) for name, t in fields("shift_matrix_diagonal", 6).items()}
     geometry["inverse_transpose"] = torch.linalg.inv(geometry["preconditioner"]).mT
+    geometry["log_weight"] = torch.linspace(-2, 0.5, 14, dtype=torch.float64).view(2, 7)
     return FeatureMap(draw_projection(7, 6, num_heads=2, seed=0, dtype=torch.float64), **geometry).to(dtype)
 
 

@@ -11,10 +11,10 @@ import torch
 from core_inputs import assert_states_close
 
 from srf_retrofit import retrofit
-from srf_retrofit.modeling import block_tables, fused, fused_call
+from srf_retrofit.modeling import block_tables, fused_call
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.configuration import SRFConfig
-from srf_retrofit.modeling.feature_map import FeatureMap, FoldedMap, LinearFeatures
+from srf_retrofit.modeling.feature_map import FeatureMap, FoldedMap, LinearFeatures, log_features
 from srf_retrofit.modeling.ops import choose_backend, fold, srf_attention
 from srf_retrofit.modeling.state import SRFState
 from srf_retrofit.testing import assert_close, quadratic_attention, random_feature_map, tiny_llama
@@ -34,7 +34,6 @@ def _small_parts(monkeypatch):
     """Several runs a row, and several parts of keys and features, even at the interpreter's sizes."""
     if DEVICE == "cpu":
         monkeypatch.setattr(block_tables, "RUN_TOKENS", 16)
-        monkeypatch.setattr(fused, "PART", 16)
         monkeypatch.setattr(fused_call, "PART", 16)
         block_tables._plain_tables.cache_clear()
     yield
@@ -208,6 +207,28 @@ def test_extreme_norms(mode, scale):
         expected, _ = quadratic_attention(*(x.detach() for x in xs), maps, config)
         # Exponents of about 1e4 carry their rounding into the weights.
         assert_close(o.cpu(), expected, 1e-5 if scale < 1 else 2e-3, "o")
+
+
+@pytest.mark.parametrize("mode", PURE, ids=str)
+def test_keys_far_above_all_before_them_in_their_block(mode):
+    """A block of the pure form then needs several references."""
+    config, maps = config_of(*mode), random_feature_map(1, 16, 16, geometry="identity")
+    xs = tensors(50)
+    with torch.no_grad():
+        # Log-features of keys fall with their norm, so that every tenth stands far above the nine before it.
+        for x in xs[:2]:
+            x *= torch.linspace(8.0, 0.5, 10, device=DEVICE).repeat(5)[:, None]
+    ys = doubles(xs)
+    b = log_features(ys[1].detach(), fold(maps.to(torch.float64)).key, 0.25)
+    assert (b[..., 2:, :] - b[..., 2:3, :]).max() > 60
+    o, _ = srf_attention(*xs, maps.to(DEVICE), config, backend="triton")
+    expected, _ = quadratic_attention(*ys, maps, config)
+    assert_close(o.cpu(), expected, 1e-4, "o")
+    weight = torch.randn(o.shape)
+    grads = torch.autograd.grad((o * weight.to(DEVICE)).sum(), xs)
+    rights = torch.autograd.grad((expected * weight.double()).sum(), ys)
+    for name, mine, theirs in zip("qkv", grads, rights, strict=True):
+        assert_close(mine.cpu(), theirs, 1e-4, f"grad {name}", least_scale=0.1)
 
 
 @pytest.mark.parametrize("mode", [(8, 2, 3), *PURE], ids=str)

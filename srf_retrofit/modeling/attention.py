@@ -21,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from .cache import softmax_cache_layer, srf_cache_layer
 from .configuration import SRFConfig
 from .features import SRFFeatures
+from .learned_maps import LearnedMaps, feature_module
 from .ops import ABLATIONS, srf_attention
 from .state import SRFState
 
@@ -36,8 +37,8 @@ class SRFAttention(nn.Module):
 
     Attributes
     ----------
-    attn_fn : SRFFeatures
-        Projection and geometry; the only thing that is added to a checkpoint.
+    attn_fn : SRFFeatures or LearnedMaps
+        Projection and geometry, or the learned maps; the only thing that is added to a checkpoint.
     srf_config : SRFConfig
     exact : bool
         True runs the softmax attention of the original class on the same weights (teacher mode).
@@ -50,7 +51,7 @@ class SRFAttention(nn.Module):
         (B, G, L, D) after rotary embedding, unscaled, and the padding mask (B, L) or None.
     """
 
-    attn_fn: SRFFeatures
+    attn_fn: SRFFeatures | LearnedMaps
     srf_config: SRFConfig
     exact: bool
     ablation: str | None
@@ -122,7 +123,9 @@ class SRFAttention(nn.Module):
         device = next(self.k_proj.parameters()).device
         num_kv_heads = self.config.num_attention_heads // self.num_key_value_groups
         self.srf_config = srf_config
-        self.attn_fn = SRFFeatures(srf_config, num_kv_heads, self.head_dim, self.layer_idx, device=device)
+        self.attn_fn = feature_module(
+            srf_config, self.config.num_attention_heads, num_kv_heads, self.head_dim, self.layer_idx, device=device
+        )
         self.attn_fn.train(self.training)
         if next(self.k_proj.parameters()).dtype == torch.float64:
             self.attn_fn.double()

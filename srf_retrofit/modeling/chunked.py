@@ -12,83 +12,15 @@ blocks of `w` positions in a segment and `T = N w`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .configuration import SRFConfig
 from .feature_attention import attend_features
-from .feature_map import FoldedMap, linear_features, log_features, norm_term
+from .feature_map import FoldedMap, beside_exact_keys, linear_features, log_features, norm_term
 from .feature_sums import LOG_ZERO, accumulate_features, feature_keys
+from .retention import PURE_BLOCK, Grid, local_priorities, place_on_grid, priority_level, rank_and_evict
 from .softmax_parts import attend_parts
 from .state import SRFState
-
-# Block length of the pure form, a power of two: a block's keys meet its queries by halving, see `feature_attention`.
-PURE_BLOCK = 32
-
-
-def block_length(config: SRFConfig) -> int:
-    """Positions per block of the chunked form: the window, or a fixed length in the pure form."""
-    return config.window or PURE_BLOCK
-
-
-def round_priority(probability: torch.Tensor) -> torch.Tensor:
-    """Probabilities, as float32 rounded to 12 bits of mantissa.
-
-    Keys that differ by less than rounding (equal keys, vanishing queries) then tie, and ties go to the earlier key:
-    the same choice in prefill and decoding, whatever the order of their sums.
-    """
-    return ((probability.float().view(torch.int32) + 0x400) & -0x800).view(torch.float32)
-
-
-def rank_and_evict(
-    retained_priority: torch.Tensor, candidate_priority: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The running competition for the retained slots, block by block; serial, on indices only.
-
-    At each boundary the `w` keys that leave the window compete with the `h` retained ones; the highest priorities
-    stay, the earliest key first among equals. Free slots and keys that may not compete have priority `-inf`.
-
-    Parameters
-    ----------
-    retained_priority : (B, G, h)
-    candidate_priority : (B, G, N, w)
-
-    Returns
-    -------
-    kept, kept_priority : (B, G, N + 1, h)
-        Slots after each boundary (entry 0: before any), as indices into `[h retained | N w candidates]`, in order
-        of position.
-    evicted, evicted_priority : (B, G, N, w)
-        Keys folded at each boundary; priority `-inf` marks those that are none.
-    """
-    b, g, n, w = candidate_priority.shape
-    h = retained_priority.shape[-1]
-    device = candidate_priority.device
-    arrivals = (h + torch.arange(n * w, device=device)).view(1, 1, n, w).expand(b, g, n, w)
-    slots = torch.arange(h, device=device).expand(b, g, h)
-    places = torch.arange(h + w, device=device).expand(b, g, h + w)
-    priority = retained_priority
-    kept, kept_priority, evicted, evicted_priority = [slots], [priority], [], []
-    for i in range(n):
-        pool = torch.cat([slots, arrivals[:, :, i]], -1)
-        pool_priority = torch.cat([priority, candidate_priority[:, :, i]], -1)
-        order = pool_priority.sort(dim=-1, descending=True, stable=True).indices
-        rank = torch.empty_like(order).scatter_(-1, order, places)
-        # Those that stay, then those that leave, each in order of position.
-        order = (rank >= h).sort(dim=-1, stable=True).indices
-        pool, pool_priority = pool.gather(-1, order), pool_priority.gather(-1, order)
-        slots, priority = pool[..., :h], pool_priority[..., :h]
-        kept.append(slots)
-        kept_priority.append(priority)
-        evicted.append(pool[..., h:])
-        evicted_priority.append(pool_priority[..., h:])
-    return (
-        torch.stack(kept, 2),
-        torch.stack(kept_priority, 2),
-        torch.stack(evicted, 2),
-        torch.stack(evicted_priority, 2),
-    )
 
 
 def take_keys(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -96,58 +28,6 @@ def take_keys(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     b, g, count, d = source.shape
     base = torch.arange(b * g, device=index.device).view(b, g, *[1] * (index.dim() - 2)) * count
     return source.reshape(-1, d).index_select(0, (index + base).reshape(-1)).view(*index.shape, d)
-
-
-class Grid(NamedTuple):
-    """Where the slots of a segment stand in their sequences."""
-
-    position: torch.Tensor  # (B, N, w) position of each slot in its own sequence
-    is_new: torch.Tensor  # (B, N, w) slots that hold tokens of this call
-    boundary: torch.Tensor  # (B,) block the next token will stand in, as an index into 0..N
-
-
-def place_on_grid(state: SRFState, new_tokens: torch.Tensor, num_blocks: int, config: SRFConfig) -> Grid:
-    """Lay `new_tokens` (B,) further tokens per row after what `state` has seen; blocks start at multiples of `w`."""
-    w = block_length(config)
-    phase = state.length % config.window if config.window else torch.zeros_like(state.length)
-    slot = torch.arange(num_blocks * w, device=new_tokens.device)
-    position = (state.length - phase).unsqueeze(-1) + slot
-    end = phase + new_tokens
-    is_new = (slot >= phase.unsqueeze(-1)) & (slot < end.unsqueeze(-1))
-    shape = (-1, num_blocks, w)
-    return Grid(position.view(shape), is_new.view(shape), end // w)
-
-
-def local_priorities(log_probability: torch.Tensor, grid: Grid, state: SRFState, config: SRFConfig) -> torch.Tensor:
-    """Largest attention probability that each key received so far inside sinks and window.
-
-    Parameters
-    ----------
-    log_probability : (B, G, N, R, w, 2w)
-        Of each query over its previous and its own block, normalised over sinks and window; overwritten.
-    grid : Grid
-        Only new tokens' queries count, and only keys that are not sinks are ranked.
-
-    Returns
-    -------
-    (B, G, N + 1, w)
-        For the block before the segment and each of its blocks.
-    """
-    w = config.window
-    offset = torch.arange(w, device=log_probability.device)
-    distance = (w + offset).unsqueeze(-1) - torch.arange(2 * w, device=log_probability.device)
-    ranked = torch.cat([grid.position - w, grid.position], -1) >= config.sinks
-    counts = (distance > min(config.retention_delay, w // 2)) & grid.is_new.unsqueeze(-1) & ranked.unsqueeze(-2)
-    bias = log_probability.new_zeros(counts.shape).masked_fill_(~counts, float("-inf"))
-    received = log_probability.add_(bias[:, None, :, None]).amax((3, 4))
-    # Keys that no query ranked keep -inf; a probability that underflows is 0.
-    received = received.exp().masked_fill(~counts.any(2)[:, None], float("-inf"))
-    received = round_priority(received).to(state.window_priority.dtype)  # (B, G, N, 2w)
-    priority = torch.full_like(torch.cat([received[..., :w], received[:, :, :1, :w]], 2), float("-inf"))
-    priority[:, :, :2] = state.window_priority.unflatten(-1, (2, w))  # the block before, and the one under way
-    priority[:, :, 1:] = torch.maximum(priority[:, :, 1:], received[..., w:])
-    priority[:, :, :-1] = torch.maximum(priority[:, :, :-1], received[..., :w])
-    return priority
 
 
 def attend_segment(
@@ -236,6 +116,7 @@ def attend_segment(
             log_probability = (logits[-1] - log_mass).view(b, g, n, r, w, 2 * w)
             priority = local_priorities(log_probability, grid, state, config)
             candidates = priority[:, :, :-1].masked_fill(~may_fold, float("-inf"))
+            candidates = priority_level(candidates, (grid.position[:, None, :, :1] - w) // w, config)
             slots, slot_priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates)
             may_fold = evicted_priority > float("-inf")
         pool_k = torch.cat([state.retained_key.to(dtype), before_k.flatten(2, 3)], 2)
@@ -247,6 +128,7 @@ def attend_segment(
         values.append(take_keys(pool_v, slots[:, :, :n]))
     log_key = log_features(folded_k, maps.key, scaling).masked_fill(~may_fold.unsqueeze(-1), float("-inf"))
 
+    log_query = beside_exact_keys(log_query, maps.query, logits)
     mass = state.k_sum
     sums = accumulate_features(log_key, folded_v, (state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max))
     if use_tail:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 PROJECTIONS = ("simplex", "orthogonal", "iid")
+FEATURE_MAPS = ("random", "trained", "hedgehog", "relu")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
+# Levels of `chunked.priority_level` in a factor of two.
+LEVELS = 4096
 
-_SIZES = {"num_features": 1, "window": 0, "sinks": 0, "retained": 0, "retention_delay": 0, "seed": 0}
+_SIZES = ("num_features", "window", "sinks", "retained", "retention_delay", "retention_half_life", "seed")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class SRFConfig:
     Parameters
     ----------
     num_features : int
-        Random features per key/value head, `M >= 1`; may be above or below the head dimension.
+        Features per key/value head, `M >= 0`; may be above or below the head dimension. 0 keeps exact keys alone and
+        forgets the others; it needs `window >= 1`.
     window : int
         Positions per exact block, `>= 0`.
     sinks : int
@@ -33,8 +37,14 @@ class SRFConfig:
         Slots for keys that are kept exact after they left the window, `>= 0`; needs `window >= 1`.
     retention_delay : int
         A key's priority counts queries more than `min(retention_delay, window // 2)` positions later.
+    retention_half_life : int
+        Tokens after which a retained key's priority counts half, so that old keys make room; 0 keeps the best for ever.
     projection : {"simplex", "orthogonal", "iid"}
         Coupling of the rows of the projection (2301.13856, 2009.14794).
+    feature_map : {"random", "trained", "hedgehog", "relu"}
+        What estimates the other keys: the random features this package is about; the same once they have settled and
+        are trained like any weight (`LearnedMaps.settle`); or, to compare with, the learned maps of Hedgehog and
+        LoLCATs (2402.04347, 2410.10254) or of T2R (2103.13076).
     state_dtype : {"float32", "float16", "bfloat16"}
         Storage type of the running feature values between folds; sums and maxima stay in float32.
     seed : int
@@ -55,7 +65,9 @@ class SRFConfig:
     sinks: int = 4
     retained: int = 64
     retention_delay: int = 8
+    retention_half_life: int = 512
     projection: str = "simplex"
+    feature_map: str = "random"
     state_dtype: str = "float32"
     seed: int = 0
     layers: tuple[int, ...] | None = None
@@ -69,20 +81,25 @@ class SRFConfig:
                 f"this SRF configuration has version {self.version}, but this release of srf_retrofit reads up to "
                 f"version {CONFIG_VERSION}: install a newer srf_retrofit"
             )
-        for name, least in _SIZES.items():
+        for name in _SIZES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+            if value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
         if self.retained and not self.window:
             raise ValueError(
                 f"retained={self.retained} needs window >= 1: keys are ranked by the attention they receive inside "
                 "the window; set window, or retained=0 for the pure form"
             )
-        for name, choices in (("projection", PROJECTIONS), ("state_dtype", STATE_DTYPES)):
+        if not self.num_features and not self.window:
+            raise ValueError("num_features=0 with window=0 leaves nothing to attend to: set one of them")
+        named = (("projection", PROJECTIONS), ("feature_map", FEATURE_MAPS), ("state_dtype", STATE_DTYPES))
+        for name, choices in named:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.feature_map == "hedgehog" and self.num_features % 2:
+            raise ValueError(f"hedgehog features come in pairs: num_features must be even, got {self.num_features}")
         if self.layers is not None:
             layers = tuple(self.layers)
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
@@ -118,6 +135,8 @@ class SRFConfig:
         version = data.get("version", CONFIG_VERSION)
         if isinstance(version, int) and version > CONFIG_VERSION:
             cls(version=version)
+        if version == 1:
+            data = {"retention_half_life": 0, **data, "version": CONFIG_VERSION}  # nothing was ever forgotten
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -127,6 +146,11 @@ class SRFConfig:
         if isinstance(data.get("layers"), list):
             data["layers"] = tuple(data["layers"])
         return cls(**data)
+
+    @property
+    def fade(self) -> int:
+        """Levels by which a block's keys rank behind those of the block after it, at equal priority."""
+        return round(LEVELS * self.window / self.retention_half_life) if self.retention_half_life else 0
 
     def replace(self, **changes: Any) -> SRFConfig:
         """A validated copy with `changes` applied."""

@@ -12,14 +12,22 @@ expectation over the rows of the projection, `sum_r exp(a_r(q) + b_r(k)) = exp(q
 
 With the identity geometry these are the positive features of FAVOR+ (2009.14794, lemma 1); an isotropic `A` gives
 the optimal positive features of Chefs' Random Tables (2205.15317, theorem 3.3).
+
+A log-weight per feature, added to `a_r`, gives unbiasedness up: calibration and training may damp a feature that
+carries more noise than mass.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from .feature_sums import LOG_ZERO
+
+RELU_FLOOR = 1e-6
 
 
 class FeatureMap(NamedTuple):
@@ -35,6 +43,7 @@ class FeatureMap(NamedTuple):
     preconditioner: torch.Tensor | None = None
     inverse_transpose: torch.Tensor | None = None
     proposal: torch.Tensor | None = None  # diagonal of A, every entry below 1/4
+    log_weight: torch.Tensor | None = None  # (G, M), added to the queries' log-features; 0 keeps the estimate unbiased
 
     def to(self, *args, **kwargs) -> FeatureMap:
         """Move or cast every tensor, as `torch.Tensor.to`."""
@@ -50,11 +59,40 @@ class LinearFeatures(NamedTuple):
     norm_bias: torch.Tensor | None  # (G, D), None for zero
 
 
-class FoldedMap(NamedTuple):
-    """Both sides of a feature map, folded; see `fold_feature_map`."""
+class SoftmaxFeatures(NamedTuple):
+    """Learned features `[softmax(U x) | softmax(-U x)]`, `M = 2 K` (Hedgehog, 2402.04347; LoLCATs, 2410.10254)."""
 
-    query: LinearFeatures
-    key: LinearFeatures
+    weight: torch.Tensor  # (G, K, D)
+    mixing: torch.Tensor | None = None  # (G, R) for queries, see `beside_exact_keys`
+
+    def log_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, G, ..., D) to (B, G, ..., M)."""
+        h = _product(x, self.weight)
+        return torch.cat([h.log_softmax(-1), (-h).log_softmax(-1)], -1)
+
+
+class ReluFeatures(NamedTuple):
+    """Learned features `relu(U x + b)` (T2R, 2103.13076)."""
+
+    weight: torch.Tensor  # (G, M, D)
+    bias: torch.Tensor  # (G, M)
+    mixing: torch.Tensor | None = None  # (G, R)
+
+    def log_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, G, ..., D) to (B, G, ..., M)."""
+        bias = self.bias.view(*self.bias.shape[:1], *[1] * (x.dim() - 3), -1)
+        # A key that no unit answers to keeps a little mass: its logarithm, and a query's normaliser, stay finite.
+        return (torch.relu(_product(x, self.weight) + bias) + RELU_FLOOR).log()
+
+
+Features = LinearFeatures | SoftmaxFeatures | ReluFeatures
+
+
+class FoldedMap(NamedTuple):
+    """Both sides of a feature map, folded (`fold_feature_map`), or learned."""
+
+    query: Features
+    key: Features
 
 
 def fold_feature_map(maps: FeatureMap, side: str) -> LinearFeatures:
@@ -71,7 +109,7 @@ def fold_feature_map(maps: FeatureMap, side: str) -> LinearFeatures:
         In the dtype of `maps.projection`; differentiable in every tensor of `maps`.
     """
     w = maps.projection
-    m = w.shape[-2]
+    m = max(w.shape[-2], 1)
     is_query = side == "query"
     shift = maps.query_shift if is_query else maps.key_shift
     other = maps.key_shift if is_query else maps.query_shift
@@ -90,6 +128,8 @@ def fold_feature_map(maps: FeatureMap, side: str) -> LinearFeatures:
     norm_bias = None
     if shift is not None:
         norm_bias = -shift if precondition is None else -(precondition @ shift.unsqueeze(-1)).squeeze(-1)
+    if is_query and maps.log_weight is not None:
+        bias = bias + maps.log_weight
     if other is not None:
         # The two linear terms that the shift leaves behind: q~ . c_k for queries, c_q . (k~ - c_k) for keys.
         weight = weight + other.unsqueeze(-2)
@@ -98,15 +138,51 @@ def fold_feature_map(maps: FeatureMap, side: str) -> LinearFeatures:
     return LinearFeatures(weight, bias, precondition, norm_bias)
 
 
-def log_features(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> torch.Tensor:
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` (B, G, ..., D) times `weight` (G, K, D), per head: (B, G, ..., K)."""
+    flat = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return torch.matmul(flat, weight.mT).reshape(*x.shape[:-1], weight.shape[-2])
+
+
+def beside_exact_keys(log_query: torch.Tensor, folded: Features, exact: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Put a query's log-features on the scale of its exact logits.
+
+    Random features estimate `exp(q . k)` itself and are on it already. Learned ones are not: as in LoLCATs (2410.10254,
+    section 3.3) they stand beside exact weights taken relative to the largest of the query, with a learned factor per
+    head, of which `mixing` is the logarithm.
+
+    Parameters
+    ----------
+    log_query : (B, G, ..., R w, M)
+        The query heads of a group in turn, `w` queries each.
+    folded : Features
+    exact : of (B, G, ..., R w, E) each
+        The query's exact logits, `-inf` where a key is hidden.
+
+    Returns
+    -------
+    (B, G, ..., R w, M)
+    """
+    if isinstance(folded, LinearFeatures) or folded.mixing is None or not exact:
+        return log_query
+    top = exact[0].amax(-1, keepdim=True)
+    for x in exact[1:]:
+        top = torch.maximum(top, x.amax(-1, keepdim=True))
+    g, r = folded.mixing.shape
+    width = log_query.shape[-2] // r
+    mixing = folded.mixing.repeat_interleave(width, 1).view(g, *[1] * (log_query.dim() - 4), r * width, 1)
+    return log_query + top.clamp_min(LOG_ZERO) + mixing
+
+
+def log_features(x: torch.Tensor, folded: Features, scaling: float) -> torch.Tensor:
     """Log-features of queries or keys.
 
     Parameters
     ----------
     x : (B, G, ..., D), the dtype of `folded`
         Unscaled queries or keys, after rotary embedding.
-    folded : LinearFeatures
-        From `fold_feature_map`, for the matching side.
+    folded : Features
+        For the matching side: from `fold_feature_map`, or learned (these act on unscaled vectors).
     scaling : float
         Softmax scale of the layer; half of its logarithm goes to each side.
 
@@ -114,11 +190,15 @@ def log_features(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> tor
     -------
     (B, G, ..., M)
     """
+    if not isinstance(folded, LinearFeatures):
+        return folded.log_features(x)
     return linear_features(x, folded, scaling).add_(norm_term(x, folded, scaling))
 
 
-def linear_features(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> torch.Tensor:
+def linear_features(x: torch.Tensor, folded: Features, scaling: float) -> torch.Tensor:
     """`log_features` without `norm_term`, which is the same for all features and cancels in a query's normaliser."""
+    if not isinstance(folded, LinearFeatures):
+        return folded.log_features(x)
     b, g = x.shape[:2]
     flat = x.reshape(b, g, -1, x.shape[-1])
     # The scale goes to the small factor, to save a pass over the tokens.
@@ -126,8 +206,10 @@ def linear_features(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> 
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def norm_term(x: torch.Tensor, folded: LinearFeatures, scaling: float) -> torch.Tensor:
-    """`-|norm_weight x~ + norm_bias|^2 / 2` of `log_features`, (B, G, ..., 1)."""
+def norm_term(x: torch.Tensor, folded: Features, scaling: float) -> torch.Tensor:
+    """`-|norm_weight x~ + norm_bias|^2 / 2` of `log_features`, (B, G, ..., 1); 0 for learned features."""
+    if not isinstance(folded, LinearFeatures):
+        return x.new_zeros(*x.shape[:-1], 1)
     b, g = x.shape[:2]
     flat = x.reshape(b, g, -1, x.shape[-1])
     root = scaling**0.5

@@ -11,10 +11,12 @@ from .ops import fold, full_precision
 from .random_features import draw_projection
 
 _GEOMETRY = ("query_shift", "key_shift", "preconditioner", "inverse_transpose", "proposal")
+# What `train_` turns into parameters.
+_TRAINED = ("projection", "log_weight")
 
 
 class SRFFeatures(nn.Module):
-    """Projection and geometry of one layer, one of each per key/value head, as persistent float32 buffers.
+    """Projection, geometry and weights of one layer's features, per key/value head, as persistent float32 buffers.
 
     The buffers are always there, so that every checkpoint has the same keys; a geometry that was never fitted holds
     the identity and costs nothing (`feature_map` leaves it out). They stay float32 under `.half()`, `.bfloat16()` and
@@ -32,6 +34,7 @@ class SRFFeatures(nn.Module):
     Attributes
     ----------
     projection : (G, M, D)
+    log_weight : (G, M)
     query_shift, key_shift, proposal : (G, D)
     preconditioner, inverse_transpose : (G, D, D)
     step : int
@@ -41,6 +44,7 @@ class SRFFeatures(nn.Module):
     """
 
     projection: torch.Tensor
+    log_weight: torch.Tensor
     query_shift: torch.Tensor
     key_shift: torch.Tensor
     preconditioner: torch.Tensor
@@ -65,7 +69,7 @@ class SRFFeatures(nn.Module):
         g, m, d = num_kv_heads, config.num_features, head_dim
         square, vector = (g, d, d), (g, d)
         shapes = {"projection": (g, m, d), "query_shift": vector, "key_shift": vector, "proposal": vector}
-        shapes.update(preconditioner=square, inverse_transpose=square)
+        shapes.update(preconditioner=square, inverse_transpose=square, log_weight=(g, m))
         for name, shape in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32, device=device))
         if not self.projection.is_meta:
@@ -82,6 +86,7 @@ class SRFFeatures(nn.Module):
         eye = torch.eye(d, device="cpu", dtype=torch.float32).expand(g, d, d)
         return {
             "projection": self._draw(0),
+            "log_weight": torch.zeros(g, self.config.num_features, device="cpu", dtype=torch.float32),
             "query_shift": zeros,
             "key_shift": zeros,
             "proposal": zeros,
@@ -101,6 +106,11 @@ class SRFFeatures(nn.Module):
             layer=self.layer,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return self.projection.device
+
     # -- what the attention reads ------------------------------------------------------------------------------------
 
     def feature_map(self) -> FeatureMap:
@@ -117,7 +127,7 @@ class SRFFeatures(nn.Module):
         A change is seen by identity and version counter, not by value: this asks nothing of the device, and also
         catches loaders that replace or overwrite buffers behind this module's back.
         """
-        buffers = (self.projection, *(getattr(self, name) for name in _GEOMETRY))
+        buffers = (self.projection, *(getattr(self, name) for name in _GEOMETRY), self.log_weight)
         kept = self._folded
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in buffers)
         if torch.compiler.is_compiling() or trained:
@@ -150,8 +160,9 @@ class SRFFeatures(nn.Module):
             self.query_shift.any() | self.key_shift.any(),
             (self.preconditioner != eye).any() | (self.inverse_transpose != eye).any(),
             self.proposal.any(),
+            self.log_weight.any(),
         ]
-        shifted, preconditioned, proposed = torch.stack(parts).tolist()
+        shifted, preconditioned, proposed, weighted = torch.stack(parts).tolist()
         return FeatureMap(
             self.projection,
             self.query_shift if shifted else None,
@@ -159,6 +170,7 @@ class SRFFeatures(nn.Module):
             self.preconditioner if preconditioned else None,
             self.inverse_transpose if preconditioned else None,
             self.proposal if proposed else None,
+            self.log_weight if weighted else None,
         )
 
     # -- what changes them -------------------------------------------------------------------------------------------
@@ -172,6 +184,35 @@ class SRFFeatures(nn.Module):
         """
         self.projection.copy_(self._draw(step))
         self.step = step
+        self._folded = None
+
+    @torch.no_grad()
+    def set_log_weight(self, value: torch.Tensor | None = None) -> None:
+        """Overwrite the features' log-weights in place, (G, M) or anything that expands to it; `None` for zeros.
+
+        Raises
+        ------
+        ValueError
+            When the value is not finite. Nothing is changed then.
+        """
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise ValueError("log_weight has values that are not finite")
+        self.log_weight.copy_(torch.zeros_like(self.log_weight) if value is None else value)
+        self._folded = None
+
+    def train_(self, flag: bool = True) -> None:
+        """Whether projection and log-weights are parameters, which optimizers see, or buffers, as they are at first.
+
+        Checkpoints are the same either way. Trained features are no longer a random draw: the estimate is biased, and
+        `resample` starts it anew.
+        """
+        for name in _TRAINED:
+            value = getattr(self, name).detach()
+            delattr(self, name)
+            if flag:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
         self._folded = None
 
     def redraw_(self, device: torch.device | str | None = None) -> None:
@@ -233,11 +274,15 @@ class SRFFeatures(nn.Module):
         return {**self.__dict__, "_folded": None}
 
     def _apply(self, fn, recurse: bool = True):
-        before = dict(self._buffers)
+        before = {name: t.detach() for name, t in (*self._buffers.items(), *self._parameters.items()) if t is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
+            new = getattr(self, name)
+            if new.dtype not in (torch.float16, torch.bfloat16):
+                continue
+            if name in self._buffers:
                 self._buffers[name] = old.to(new.device, torch.float32)
+            else:
+                new.data = old.to(new.device, torch.float32)
         self._folded = None
         return self

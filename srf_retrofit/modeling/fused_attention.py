@@ -5,14 +5,17 @@ Same inputs and outputs as the PyTorch segments of `ops`; what is differentiable
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .block_tables import plan_blocks, pool_keys
 from .configuration import SRFConfig
-from .feature_map import FoldedMap
+from .feature_map import FoldedMap, LinearFeatures
 from .feature_sums import LOG_ZERO
-from .fused import HAS_TRITON, attend
-from .fused_call import PURE_BLOCK, interpreted
+from .fused import attend
+from .fused_call import HAS_TRITON, PURE_BLOCK, Sizes, interpreted, sizes_of
+from .fused_forward import slot_tensors
 from .state import SRFState
 
 # What one program can hold.
@@ -31,7 +34,7 @@ def why_not_fused(q: torch.Tensor, config: SRFConfig, causal: bool, step: bool =
         return f"tensors are on {q.device}, and the kernels need a CUDA device (or TRITON_INTERPRET=1)"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"there is no kernel for {q.dtype}, only for float32, float16 and bfloat16"
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if q.device.type == "cuda" and _capability(q.device) < (8, 0):
         return "the device is older than compute capability 8.0"
     if not causal:
         return "there is no kernel for causal=False"
@@ -53,6 +56,11 @@ def why_not_fused(q: torch.Tensor, config: SRFConfig, causal: bool, step: bool =
         if value > limit:
             return f"{name}={value} is above the {limit} that the kernels hold"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def attend_fused(
@@ -91,21 +99,24 @@ def attend_fused(
     """
     packed = documents is not None
     keys, values = pool_keys(state, k, "key", packed), pool_keys(state, v, "value", packed)
-    start = [q.new_empty(0, dtype=torch.float32)] * 6 if state is None else _start(state, config, packed)
+    start: list[torch.Tensor | None] = [None] * 6 if state is None else _start(state, config, packed)
     bounds = None if documents is None else [documents[0][0], *(end for _, end in documents)]
-    ints = [config.window, config.sinks, config.retained, config.retention_delay, int(use_tail)]
+    ints = [config.window, config.sinks, config.retained, config.retention_delay, int(use_tail), config.fade]
+    assert isinstance(maps.query, LinearFeatures)
+    assert isinstance(maps.key, LinearFeatures)
     out = attend(
         q, keys, values, mask, bounds, None if state is None else state.length,
         *start,
         maps.query.weight, maps.query.bias, maps.query.norm_weight, maps.query.norm_bias,
-        maps.key.weight, maps.key.bias, maps.key.norm_weight, maps.key.norm_bias, ints, scaling,
+        maps.key.weight, maps.key.bias, maps.key.norm_weight, maps.key.norm_bias, ints, float(scaling),
     )  # fmt: skip
     if not with_state:
         return out[0], None
-    return out[0], _final_state(out, keys, values, k, mask, documents, state, config)
+    s = sizes_of(q, keys, maps.query.weight.shape[1], ints)
+    return out[0], _final_state(out, keys, values, k, mask, documents, state, config, s)
 
 
-def _start(state: SRFState, config: SRFConfig, packed: bool) -> list[torch.Tensor]:
+def _start(state: SRFState, config: SRFConfig, packed: bool) -> list[torch.Tensor | None]:
     """What rows continue from, as `fused.attend` takes it."""
     rows, g, h = state.retained_priority.shape
     place = config.sinks + torch.arange(h, device=state.length.device)
@@ -128,6 +139,7 @@ def _final_state(
     documents: list[tuple[int, int]] | None,
     state: SRFState | None,
     config: SRFConfig,
+    sizes: Sizes,
 ) -> SRFState:
     """Gather what the rows' states keep from the pool and from what the kernels left at their last boundaries."""
     w, h = config.window, config.retained
@@ -178,7 +190,7 @@ def _final_state(
         ).unsqueeze(1)
         after = after._replace(window_key=gather(keys, token), window_value=gather(values, token))
         if h:
-            slots, slot_priority, priority = out[9:12]
+            slots, slot_priority, priority = slot_tensors(out, len(tables.key_token), rows, sizes)
             own = priority[under_way].masked_fill(~inside.unsqueeze(-1), float("-inf"))
             after = after._replace(
                 window_priority=torch.cat([priority[entry], own], -1),

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .block_tables import BlockTables, plan_blocks
+from .block_tables import BlockTables, block_counts, plan_blocks
+from .triton_launch import Launcher, integer_class, is_aligned
 
 try:
     import triton.language as tl
-except ImportError:  # the kernels are then not there either, see `fused`
-    tl = None
+
+    HAS_TRITON = True
+except ImportError:
+    # The kernels are then not there either, see `fused_forward` and `fused_backward`.
+    HAS_TRITON = False
 
 # Block of the pure form, whose length nothing but speed depends on.
 PURE_BLOCK = 64
@@ -23,7 +29,8 @@ PURE_BLOCK = 64
 PART = 64
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """Compile-time constants of the kernels, by their names there; a trailing `P` rounds up to a power of two."""
 
     G: int
@@ -35,51 +42,105 @@ class Sizes(NamedTuple):
     H: int
     PURE: bool
     TAIL: bool
+    PART: int
+    FADE: int
 
-    @property
+    @functools.cached_property
     def MP(self) -> int:
         return power(self.M)
 
-    @property
+    @functools.cached_property
     def DP(self) -> int:
         return power(self.D)
 
-    @property
+    @functools.cached_property
     def WP(self) -> int:
         return power(self.W)
 
-    @property
+    @functools.cached_property
     def HP(self) -> int:
         return power(self.H)
 
-    @property
+    @functools.cached_property
     def SP(self) -> int:
         return power(self.SINKS)
 
-    @property
+    @functools.cached_property
     def feature_parts(self) -> int:
-        return -(-self.MP // PART)
+        return -(-self.MP // self.PART)
 
-    @property
+    @functools.cached_property
     def slot_parts(self) -> int:
-        return -(-self.HP // PART) if self.H else 0
+        return -(-self.HP // self.PART) if self.H else 0
 
-    def heads(self, lines: int) -> int:
-        """Query heads of one tile of about so many lines, a power of two."""
-        return 1 if self.PURE else max(min(lines // self.WP, power(self.R, 1)), 1)
-
+    @functools.cached_property
     def scan_step(self) -> int:
         """Features that one program of a scan carries."""
         return min(16, self.MP)
 
+    @functools.cached_property
+    def scan_parts(self) -> int:
+        return -(-self.M // self.scan_step)
 
+    @functools.cached_property
+    def tiles(self) -> dict[str, Tile]:
+        """How each kernel is launched, by its name in `launch_shapes`."""
+        return {name: self.tile(*shape) for name, shape in launch_shapes(self).items()}
+
+    def tile(self, lines: int, warps: int, stages: int = 1, registers: int | None = None) -> Tile:
+        """`lines` queries at a time or a few more, in whole heads and no more than there are."""
+        heads = max(min(lines // self.WP, power(self.R, 1)), 1)
+        return Tile(heads, -(-self.R // heads), {"num_warps": warps, "num_stages": stages, "maxnreg": registers})
+
+
+class Tile(NamedTuple):
+    """Query heads that a program takes at a time, how many times, and Triton's launch options."""
+
+    heads: int
+    rounds: int
+    options: dict[str, int | None]
+
+
+def launch_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
+    """Queries that a program of each kernel takes at a time, and its warps; where it takes none, 64."""
+    wide = s.DP > 64
+    # Pairs in a block through features take more registers.
+    plain = (64, 8 if s.PURE else 4)
+    return {
+        "priority": (64, 4),
+        "rank": (64, 4),
+        "run": (64, 4),
+        "attend": (128, 8) if wide and (s.PURE or s.R * s.WP > 64) else (64, 4),
+        "query": plain,
+        "state": (64, 4),
+        "key": plain,
+        "fold": (64, 8 if wide else 4),
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(*fields: Any) -> Sizes:
+    return Sizes(*fields)
+
+
+def sizes_of(q: torch.Tensor, k: torch.Tensor, features: int, ints: list[int]) -> Sizes:
+    """Sizes of a call on q (B, H, L, D) and the pool k (B, G, E + L, D)."""
+    w, sinks, h, _, tail, fade = ints
+    g = k.shape[1]
+    return _sizes(g, q.shape[1] // g, features, q.shape[3], w or PURE_BLOCK, sinks, h, w == 0, bool(tail), PART, fade)
+
+
+@functools.lru_cache(maxsize=256)
 def power(n: int, least: int = 16) -> int:
     """The least power of two that is neither below `n` nor below `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
 class Side(NamedTuple):
-    """A folded map of one side, scaled by the root of `scaling`; in two halves where operands are bfloat16."""
+    """A folded map of one side, scaled by the root of `scaling`; in two halves where operands are bfloat16.
+
+    `|norm x + norm_bias|^2 / 2` has the gradient `gram x + gram_bias`.
+    """
 
     weight: torch.Tensor
     weight_low: torch.Tensor
@@ -87,6 +148,8 @@ class Side(NamedTuple):
     norm: torch.Tensor
     norm_low: torch.Tensor
     norm_bias: torch.Tensor
+    gram: torch.Tensor
+    gram_bias: torch.Tensor
 
 
 _SIDES: Any = WeakIdKeyDictionary()
@@ -113,11 +176,18 @@ def prepare_side(folded: list[torch.Tensor | None], root: float, split: bool) ->
     assert weight is not None
     assert bias is not None
     high, low = _halves(weight, root, split)
-    # Without a matrix the kernels are compiled not to read one; a pointer has to be given all the same.
-    norm_high, norm_low = (high, low) if norm is None else _halves(norm, root, split)
     if norm_bias is None:
         norm_bias = bias.new_zeros(weight.shape[0], weight.shape[2])
-    return Side(high, low, bias.contiguous(), norm_high, norm_low, norm_bias.contiguous())
+    norm_bias = norm_bias.contiguous()
+    if norm is None:
+        # The kernels are compiled not to read a matrix; a pointer has to be given all the same.
+        return Side(high, low, bias.contiguous(), high, low, norm_bias, high, norm_bias)
+    scaled = norm * root
+    gram, gram_bias = scaled.mT @ scaled, (scaled.mT @ norm_bias.unsqueeze(-1)).squeeze(-1)
+    return Side(
+        high, low, bias.contiguous(), *_halves(norm, root, split), norm_bias,
+        gram.bfloat16() if split else gram, gram_bias,
+    )  # fmt: skip
 
 
 def _halves(x: torch.Tensor, root: float, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,18 +209,20 @@ class Call(NamedTuple):
     one_batch: int
     kinds: dict[str, Any]  # operand type and precision of products
     maps: dict[str, Any]  # which matrices there are, and whether weights come in halves
+    continues: bool  # rows continue from states
+    kind: tuple[Any, ...]  # of kernels, as far as both passes share it, see `launcher`
 
     @property
     def blocks(self) -> int:
-        return len(self.tables.block_row)
+        return self.tables.block_row.shape[0]
 
     @property
     def rows(self) -> int:
-        return len(self.tables.boundary)
+        return self.tables.boundary.shape[0]
 
     @property
     def runs(self) -> int:
-        return len(self.tables.run_table)
+        return self.tables.run_table.shape[0]
 
 
 def begin(
@@ -164,28 +236,74 @@ def begin(
     scaling: float,
 ) -> Call:
     """Plan a call; arguments as of `fused.attend`."""
-    w, sinks, h, _, tail = ints
-    b, heads, length, d = q.shape
-    pure = w == 0
-    w = w or PURE_BLOCK
-    pairs = None if documents is None else list(itertools.pairwise(documents))
+    assert folded[0] is not None
+    s = sizes_of(q, k, folded[0].shape[1], ints)
     tables = plan_blocks(
-        b, length, w, sinks, q.device, mask=mask, documents=pairs, seen=seen, retained=h, pure=pure
+        q.shape[0], q.shape[2], s.W, s.SINKS, q.device, mask=mask, documents=_pairs(documents), seen=seen,
+        retained=s.H, pure=s.PURE,
     )  # fmt: skip
     split = q.dtype == torch.bfloat16
     root = scaling**0.5
-    assert folded[0] is not None
-    sizes = Sizes(k.shape[1], heads // k.shape[1], folded[0].shape[1], d, w, sinks, h, pure, bool(tail))
+    maps = (folded[2] is not None, folded[6] is not None, split)
+    one_batch = int(documents is not None)
     return Call(
-        sizes,
+        s,
         tables,
         prepared_side(folded[:4], root, split),
         prepared_side(folded[4:], root, split),
         root,
-        int(documents is not None),
+        one_batch,
         {"OPERAND": tl.bfloat16 if split else tl.float32, "PRECISION": "tf32x3"},
-        {"MATRIX": folded[2] is not None, "KEY_MATRIX": folded[6] is not None, "SPLIT": split},
+        dict(zip(("MATRIX", "KEY_MATRIX", "SPLIT"), maps, strict=True)),
+        seen is not None,
+        (q.device, q.dtype, s, maps, one_batch, seen is None),
     )
+
+
+def count_blocks(q: torch.Tensor, s: Sizes, documents: list[int] | None, seen: torch.Tensor | None) -> tuple[int, int]:
+    """Blocks and rows of a call, as `begin` finds them."""
+    rows = q.shape[0] if documents is None else len(documents) - 1
+    return sum(block_counts(rows, q.shape[2], s.W, _pairs(documents), seen is not None and not s.PURE)), rows
+
+
+def _pairs(documents: list[int] | None) -> list[tuple[int, int]] | None:
+    return None if documents is None else list(itertools.pairwise(documents))
+
+
+def launcher(
+    call: Call, name: str, numbers: tuple[int, ...], tensors: tuple[torch.Tensor | None, ...], *more: Any
+) -> Launcher:
+    """For one pass of a call, by what its kernels may be compiled for.
+
+    Parameters
+    ----------
+    call : Call
+    name : str
+        Of the pass.
+    numbers : tuple of int
+        Every integer argument of its kernels.
+    tensors : tuple of tensor
+        Those arguments that the call was given; all others are fresh.
+    more
+        Whatever else decides.
+    """
+    if interpreted() or not is_aligned(tensors):
+        return Launcher(None)
+    return Launcher((name, call.kind, more, tuple(map(integer_class, numbers))))
+
+
+def carve(x: torch.Tensor, *sizes: int) -> tuple[torch.Tensor, ...]:
+    """Parts of a flat tensor of `room_for` these sizes, one after the other, each as aligned as the whole."""
+    return x.split_with_sizes([_rounded(n) for n in sizes])
+
+
+def room_for(*sizes: int) -> int:
+    """Elements of a tensor for `carve`."""
+    return sum(map(_rounded, sizes))
+
+
+def _rounded(n: int) -> int:
+    return -(-n // 32) * 32
 
 
 def interpreted() -> bool:
@@ -195,7 +313,9 @@ def interpreted() -> bool:
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Launch on the device of the tensors, whichever is current."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ class SRFGenerationMixin:
             features = attention.attn_fn
             like = torch.empty(
                 rows, features.num_kv_heads, 0, features.head_dim,
-                dtype=self.dtype, device=features.projection.device,  # type: ignore[attr-defined]
+                dtype=self.dtype, device=features.device,  # type: ignore[attr-defined]
             )  # fmt: skip
             layer.lazy_initialization(like, like)
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from .chunked import block_length
 from .configuration import SRFConfig
+from .retention import block_length
 from .state import SRFState
 
 # Tokens and blocks of a segment: long enough to amortise a segment's kernels, short enough to stay in cache.

@@ -39,6 +39,7 @@ from .attention import (
 from .configuration_hf import SRFLlamaConfig, SRFMistralConfig, SRFQwen2Config, SRFQwen3Config
 from .features import SRFFeatures
 from .generation import SRFGenerationMixin
+from .learned_maps import LearnedMaps
 from .packing import document_bounds, own_positions, padding_mask
 from .saving import whole_or_nothing
 
@@ -60,7 +61,7 @@ class SRFPreTrainedMixin:
         self.post_init()  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, SRFFeatures):
+        if isinstance(module, (SRFFeatures, LearnedMaps)):
             for name, value in module.initial_values().items():
                 init.copy_(getattr(module, name), value)
         else:
@@ -328,15 +329,16 @@ def _tell_peft(family: Family) -> None:
 
 
 def _check_features(model: PreTrainedModel, missing_keys: Any, where: Any) -> None:
-    expected = {name for name, _ in model.named_buffers() if ".attn_fn." in name}
+    tensors = {name: t for name, t in (*model.named_buffers(), *model.named_parameters()) if ".attn_fn." in name}
+    expected = set(tensors)
     missing = sorted(expected & set(missing_keys))
     if missing and len(missing) < len(expected):
         raise ValueError(
             f"the checkpoint {where} is damaged: {len(missing)} of {len(expected)} feature tensors are missing, the "
             f"first is {missing[0]}"
         )
-    for name, buffer in model.named_buffers():
-        if name in expected and not buffer.is_meta and not bool(torch.isfinite(buffer).all()):
+    for name, tensor in tensors.items():
+        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"the checkpoint {where} is damaged: {name} has values that are not finite")
 
 

@@ -16,16 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from .bidirectional import attend_bidirectional
 from .chunked import attend_segment
 from .configuration import SRFConfig
-from .feature_map import FeatureMap, FoldedMap, fold_feature_map
+from .feature_map import FeatureMap, FoldedMap, LinearFeatures, fold_feature_map
 from .fused_attention import attend_fused, why_not_fused
 from .fused_call import interpreted
 from .layout import Layout, cut, join, plan_layout
 from .recurrent import attend_token
-from .state import SRFState
+from .state import SRFState, with_features, without_features
 from .triton_decode import decode_step_, refusal
 
 ABLATIONS = (None, "no_tail", "tail_only", "no_retained")
 BACKENDS = ("auto", "torch", "triton")
+_FEWEST_FEATURES = 16  # that a kernel can hold
 
 
 def srf_attention(
@@ -110,6 +111,8 @@ def srf_attention(
         attention_mask = _check_mask(attention_mask, q)
     documents = None if cu_seqlens is None else _check_documents(cu_seqlens, q, attention_mask)
     rows = b if documents is None else len(documents)
+    if not causal and config.feature_map not in ("random", "trained"):
+        raise ValueError(f"causal=False needs random features, got feature_map={config.feature_map!r}")
     if not causal and (config.retained or initial_state is not None or output_final_state):
         raise ValueError(
             f"causal=False needs retained=0 and no state, got retained={config.retained}: keys are ranked by the "
@@ -118,7 +121,7 @@ def srf_attention(
     if initial_state is not None:
         _check_state(initial_state, config, rows, k)
 
-    use_tail = ablation != "no_tail"
+    use_tail = ablation != "no_tail" and config.num_features > 0
     with full_precision(q.device):
         no_graph = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
         if length == 1 and causal and documents is None and initial_state is not None and no_graph:
@@ -136,10 +139,14 @@ def srf_attention(
         if not causal:
             return _attend_all(q, k, v, attention_mask, documents, maps, config, scaling, use_tail), None
         if chosen == "triton" and length:
+            if not config.num_features:
+                maps, initial_state = with_unused_features(maps, initial_state)
             o, state = attend_fused(
                 q, k, v, attention_mask, documents, initial_state, maps, config, scaling,
                 use_tail=use_tail, with_state=output_final_state,
             )  # fmt: skip
+            if not config.num_features and state is not None:
+                state = without_features(state)
         else:
             layout = plan_layout(b, length, q.device, config, attention_mask, documents, initial_state, chunk_size)
             if initial_state is None:
@@ -181,7 +188,11 @@ def choose_backend(
     if backend == "torch":
         return "torch", "asked for"
     reason = why_not_fused(q, config, causal, step)
-    if reason is None and step:
+    if config.feature_map not in ("random", "trained"):
+        reason = f"the kernels compute exponential features, not feature_map={config.feature_map!r}"
+    elif reason is None and step and not config.num_features:
+        reason = "the decode kernel needs features, and num_features is 0"
+    elif reason is None and step:
         reason = refusal(config, q.shape[-1], q.dtype, q.device)
     if backend == "triton":
         if reason is not None:
@@ -190,6 +201,14 @@ def choose_backend(
     if reason is None and interpreted():
         reason = "Triton's interpreter is for tests: ask for backend='triton' to use it"
     return ("torch", reason) if reason is not None else ("triton", f"the kernels run on {q.device}")
+
+
+def with_unused_features(maps: FoldedMap, state: SRFState | None) -> tuple[FoldedMap, SRFState | None]:
+    """Stand-ins for no features at all (`num_features = 0`): the kernels' smallest number, for `use_tail=False`."""
+    g, _, d = maps.query.weight.shape
+    weight = maps.query.weight.new_zeros(g, _FEWEST_FEATURES, d)
+    side = LinearFeatures(weight, weight.new_zeros(g, _FEWEST_FEATURES), None, None)
+    return FoldedMap(side, side), None if state is None else with_features(state, _FEWEST_FEATURES)
 
 
 def fold(feature_map: FeatureMap) -> FoldedMap:

@@ -147,7 +147,7 @@ def draw_projection(
     Parameters
     ----------
     num_features : int
-        Rows per head, `M >= 1`, below, at or above the head dimension.
+        Rows per head, `M >= 0`, below, at or above the head dimension.
     head_dim : int
         `D >= 1`; no divisibility is asked for.
     num_heads : int
@@ -169,7 +169,7 @@ def draw_projection(
         When a size or an address is out of range, or the coupling is unknown.
     """
     for name, value, least in (
-        ("num_features", num_features, 1),
+        ("num_features", num_features, 0),
         ("head_dim", head_dim, 1),
         ("num_heads", num_heads, 1),
         ("seed", seed, 0),
@@ -183,7 +183,7 @@ def draw_projection(
 
     generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, step, layer))
     gaussian = torch.randn(num_heads, num_features, head_dim, generator=generator, dtype=torch.float64, device="cpu")
-    if projection == "iid":
+    if projection == "iid" or not num_features:
         return gaussian.to(dtype)
 
     # The norm of a Gaussian vector is chi_D distributed and independent of the directions drawn below.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from .chunked import rank_and_evict, round_priority, take_keys
+from .chunked import take_keys
 from .configuration import SRFConfig
-from .feature_map import FoldedMap, log_features
+from .feature_map import FoldedMap, beside_exact_keys, log_features
 from .feature_sums import LOG_ZERO, accumulate_features
+from .retention import priority_level, rank_and_evict, round_priority
 from .state import SRFState
 
 
@@ -91,7 +92,8 @@ def attend_token(
     if use_tail:
         # The state is kept as pseudo-keys already; see `chunked.feature_keys`.
         log_mass = state.k_max.clamp_min(LOG_ZERO) + state.k_sum.clamp_min(0.5).log()
-        logits.append(log_features(qh, maps.query, scaling) + log_mass.unsqueeze(-2))
+        log_query = beside_exact_keys(log_features(qh, maps.query, scaling), maps.query, logits)
+        logits.append(log_query + log_mass.unsqueeze(-2))
         values.append(state.kv_mean.to(dtype))
     else:
         logits.append(qh.new_full((b, g, heads // g, 1), LOG_ZERO))
@@ -145,6 +147,7 @@ def _finish_block(state: SRFState, full: torch.Tensor, maps: FoldedMap, config: 
     leaves = ((position >= config.sinks) & full.unsqueeze(-1))[:, None].expand(b, g, w)
     if h:
         candidates = state.window_priority[:, :, :w].masked_fill(~leaves, float("-inf"))
+        candidates = priority_level(candidates, (first // w).view(-1, 1, 1), config)
         kept, priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates.unsqueeze(2))
         pool_k, pool_v = torch.cat([state.retained_key, old_k], 2), torch.cat([state.retained_value, old_v], 2)
         old_k, old_v = take_keys(pool_k, evicted[:, :, 0]), take_keys(pool_v, evicted[:, :, 0])

@@ -33,7 +33,7 @@ class SRFState(NamedTuple):
     sink_value: torch.Tensor  # (B, G, s, D)
     retained_key: torch.Tensor  # (B, G, h, D)
     retained_value: torch.Tensor  # (B, G, h, D)
-    retained_priority: torch.Tensor  # (B, G, h) float32, in order of position, free slots first
+    retained_priority: torch.Tensor  # (B, G, h) float32, `chunked.priority_level`; in order of position, free first
     length: torch.Tensor  # (B,) int64
 
     @classmethod
@@ -92,3 +92,18 @@ class SRFState(NamedTuple):
         for mine, theirs in zip(self, other, strict=True):
             mine.copy_(theirs)
         return self
+
+
+def with_features(state: SRFState, count: int) -> SRFState:
+    """A state without features (`M = 0`) as one with `count` of them, all empty."""
+    b, g, _, d = state.kv_mean.shape
+    return state._replace(
+        kv_mean=state.kv_mean.new_zeros(b, g, count, d),
+        k_sum=state.k_sum.new_zeros(b, g, count),
+        k_max=state.k_max.new_full((b, g, count), -torch.inf),
+    )
+
+
+def without_features(state: SRFState) -> SRFState:
+    """A state with its features left out (`M = 0`)."""
+    return state._replace(kv_mean=state.kv_mean[:, :, :0], k_sum=state.k_sum[:, :, :0], k_max=state.k_max[:, :, :0])

@@ -58,14 +58,12 @@ def load_sinks(sink_token, row, SINKS: tl.constexpr, SP: tl.constexpr):
 def attend_kernel(
     q, k, v, o, block_row, query_token, key_token, key_position, sink_token, slot_token,
     weight, weight_low, bias, norm, norm_low, norm_bias, root,
-    key_weight, key_weight_low, key_bias, key_norm, key_norm_low, key_norm_bias,
-    mean, log_mass, log_sum, half_norm, scaling, blocks,
-    sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, one_batch,
+    key_weight, key_weight_low, key_bias, key_half, mean, log_mass, log_sum, half_norm, scaling, blocks,
+    sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, one_batch, pool,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, SINKS: tl.constexpr, SP: tl.constexpr,
     H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
-    MATRIX: tl.constexpr, KEY_MATRIX: tl.constexpr,
-    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    MATRIX: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of `HEADS` heads of a block; `log_sum` and `half_norm` (H, N W) are what the backward pass starts from.
 
@@ -90,14 +88,26 @@ def attend_kernel(
     total = tl.zeros((HEADS * WP, DP), tl.float32)
     FEATURES: tl.constexpr = min(PART, MP)
     half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
+    if PURE and TAIL:
+        own_at, own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
+        own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
+        own_values = load_rows(v, own_at, svl, D, DP, OPERAND)
+        own_half = tl.load(key_half + (batch * G + g) * pool + own_at, mask=own_at >= 0, other=0.0)
+        visible = (own_at >= 0)[None, :] & (own_place[None, :] <= place[:, None])
     if TAIL:
         for start in range(0, MP, FEATURES):
-            shift = load_vector(bias + g * M, start, M, FEATURES, float("-inf"))
-            shift += load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
-            logits = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-            logits += shift[None, :] - half[:, None]
+            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
+            past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
             values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
-            top, mass, total = absorb(logits, values, top, mass, total, OPERAND, PRECISION)
+            top, mass, total = absorb(a + past[None, :], values, top, mass, total, OPERAND, PRECISION)
+            if PURE:
+                # The parts of a key's weight that come from different features are further keys with the same value.
+                b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+                b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
+                b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
+                own_logits = tl.where(visible, in_block_logits(a, b, past, WP, OPERAND, PRECISION), float("-inf"))
+                top, mass, total = absorb(own_logits, own_values, top, mass, total, OPERAND, PRECISION)
     if SINKS > 0:
         sink_at = load_sinks(sink_token, row, SINKS, SP)
         sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
@@ -112,23 +122,6 @@ def attend_kernel(
             slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
             slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
             top, mass, total = absorb(slot_logits, slot_values, top, mass, total, OPERAND, PRECISION)
-    if PURE and TAIL:
-        own_at, _own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
-        own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
-        own_values = load_rows(v, own_at, svl, D, DP, OPERAND)
-        key_half = half_norm_of(
-            own_keys, key_norm, key_norm_low, key_norm_bias, root, g, D, DP, min(PART, DP), KEY_MATRIX, SPLIT, PRECISION
-        )
-        # The parts of a key's weight that come from different features are further keys with the same value.
-        for start in range(0, MP, FEATURES):
-            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
-            b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-            b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - key_half[:, None]
-            b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
-            own_logits = in_block_logits(a, b, WP, OPERAND, PRECISION)
-            own_logits = tl.where((own_at >= 0)[None, :], own_logits, float("-inf"))
-            top, mass, total = absorb(own_logits, own_values, top, mass, total, OPERAND, PRECISION)
     if not PURE:
         LOCAL: tl.constexpr = min(PART, 2 * WP)
         for start in range(0, 2 * WP, LOCAL):

@@ -24,7 +24,6 @@ from .triton_common import (
     LOG_ZERO,
     add_weight_gradient,
     dot,
-    half_norm_of,
     load_part,
     load_rows,
     load_rows_of_heads,
@@ -50,15 +49,14 @@ def exact_gradient(logits, do, delta, log_sum, values, scaling, PRECISION: tl.co
 @triton.jit
 def query_kernel(
     q, k, v, o, do, dq, block_row, query_token, key_token, key_position, sink_token, slot_token,
-    weight, weight_low, bias, norm, norm_low, norm_bias, root,
-    key_weight, key_weight_low, key_bias, key_norm, key_norm_low, key_norm_bias,
-    mean, log_mass, log_sum, half_norm, delta, d_sink_key, d_sink_value, d_weight, d_bias, d_norm, d_norm_bias,
-    scaling, blocks,
-    sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, sdb, sdh, sdl, seb, seh, sel, one_batch,
+    weight, weight_low, bias, norm, norm_low, norm_bias, gram, gram_bias, root,
+    key_weight, key_weight_low, key_bias, key_half, mean, log_mass, log_sum, half_norm, delta,
+    d_sink_key, d_sink_value, d_weight, d_bias, d_norm, d_norm_bias, scaling, blocks,
+    sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, sdb, sdh, sdl, seb, seh, sel, one_batch, pool,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
     SP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
-    MATRIX: tl.constexpr, KEY_MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dq` and `delta = do . o` of a tile; its part of the sinks' gradients, (N, G, TILES, SINKS, D)."""
@@ -105,12 +103,11 @@ def query_kernel(
             _slot_p, slot_d_logits = exact_gradient(slot_logits, dy, dl, ls, slot_values, scaling, PRECISION)
             dx += dot(slot_d_logits.to(OPERAND), slot_keys, PRECISION)
     if PURE and TAIL:
-        own_at, _own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
+        own_at, own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
         own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
+        own_half = tl.load(key_half + (batch * G + g) * pool + own_at, mask=own_at >= 0, other=0.0)
         d_own = dot(dy, tl.trans(load_rows(v, own_at, svl, D, DP, OPERAND)), PRECISION) - dl[:, None]
-        key_half = half_norm_of(
-            own_keys, key_norm, key_norm_low, key_norm_bias, root, g, D, DP, min(PART, DP), KEY_MATRIX, SPLIT, PRECISION
-        )
+        d_own = tl.where((own_at >= 0)[None, :] & (own_place[None, :] <= place[:, None]), d_own, 0.0)
     if not PURE:
         LOCAL: tl.constexpr = min(PART, 2 * WP)
         for start in range(0, 2 * WP, LOCAL):
@@ -127,21 +124,22 @@ def query_kernel(
         for start in range(0, MP, FEATURES):
             a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION) - half[:, None]
             a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
-            logits = a + load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)[None, :]
+            past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
+            logits = a + past[None, :]
             values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
             _, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
             if PURE:
                 b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-                b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - key_half[:, None]
+                b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
                 b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
-                da += in_block_query_gradient(a, b, ls, d_own, WP, OPERAND, PRECISION)
+                da += in_block_query_gradient(a, b, past, ls, d_own, WP, OPERAND, PRECISION)
             w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
             dx += dot(da.to(w.dtype), w, PRECISION)
             total += tl.sum(da, 1)
             if MAP_GRADIENT:
                 add_weight_gradient(da, x, d_weight, d_bias, g, start, M, FEATURES, D, DP, PRECISION)
-        dx += norm_gradient(
-            total, x, norm, norm_low, norm_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
+        dx = norm_gradient(
+            dx, total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
             MAP_GRADIENT, PRECISION,
         )  # fmt: skip
     store_rows_of_heads(dq + batch * seb + head * seh, token, sel, dx, D, DP)
@@ -149,7 +147,7 @@ def query_kernel(
 
 @triton.jit
 def sink_kernel(
-    grad, partial, row_block, sink_token, sgb, sgg, sgl, one_batch,
+    dk, dv, d_key, d_value, row_block, sink_token, sgb, sgg, sgl, one_batch,
     G: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add the blocks' parts of the sinks' gradients, in order, to the tokens that are the sinks of a row."""
@@ -157,17 +155,21 @@ def sink_kernel(
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < SINKS * D
     low, high = tl.load(row_block + row) * TILES, tl.load(row_block + row + 1) * TILES
-    total = tl.zeros((COLUMNS,), tl.float32)
+    key_total = tl.zeros((COLUMNS,), tl.float32)
+    value_total = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, high - low, 32):
         i = (low + start + tl.arange(0, 32)).to(tl.int64)
-        at = ((i // TILES * G + g) * TILES + i % TILES) * SINKS * D
+        at = (((i // TILES * G + g) * TILES + i % TILES) * SINKS * D)[:, None] + column[None, :]
         mask = (i < high)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(partial + at[:, None] + column[None, :], mask=mask, other=0.0), 0)
+        key_total += tl.sum(tl.load(d_key + at, mask=mask, other=0.0), 0)
+        value_total += tl.sum(tl.load(d_value + at, mask=mask, other=0.0), 0)
     token = tl.load(sink_token + row * SINKS + column // D, mask=inside, other=-1)
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
-    pointers = grad + batch * sgb + g * sgg + token.to(tl.int64) * sgl + column % D
-    total += tl.load(pointers, mask=token >= 0, other=0.0).to(tl.float32)
-    tl.store(pointers, total.to(grad.dtype.element_ty), mask=token >= 0)
+    here = batch * sgb + g * sgg + token.to(tl.int64) * sgl + column % D
+    key_total += tl.load(dk + here, mask=token >= 0, other=0.0).to(tl.float32)
+    value_total += tl.load(dv + here, mask=token >= 0, other=0.0).to(tl.float32)
+    tl.store(dk + here, key_total.to(dk.dtype.element_ty), mask=token >= 0)
+    tl.store(dv + here, value_total.to(dv.dtype.element_ty), mask=token >= 0)
 
 
 @triton.jit

@@ -141,32 +141,34 @@ def half_norm_of(
 
 @triton.jit
 def norm_gradient(
-    d_total, x, norm, norm_low, norm_bias, root, g, d_norm, d_norm_bias, D: tl.constexpr, DP: tl.constexpr,
+    dx, d_total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D: tl.constexpr, DP: tl.constexpr,
     PART: tl.constexpr, MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What `-half_norm_of` adds to the gradient of x (N, DP), given the summed gradient (N,) of its log-features.
+    """`dx` (N, DP) and what `-half_norm_of` adds to it; `d_total` (N,) is the summed gradient of the log-features.
 
     With `MAP_GRADIENT`, also adds to those of the matrix and its bias, atomically. The leading half of a split matrix
     is enough here.
     """
+    col = tl.arange(0, DP)
     if MATRIX:
-        dx = tl.zeros((x.shape[0], DP), tl.float32)
-        for start in range(0, DP, PART):
-            n = load_part(norm + g * D * D, start, D, PART, D, DP)
-            y = dot(x, tl.trans(n), PRECISION) + load_vector(norm_bias + g * D, start, D, PART, 0.0)[None, :]
-            y = -d_total[:, None] * y
-            dx += dot(y.to(n.dtype), n, PRECISION)
-            if MAP_GRADIENT:
-                row, col = start + tl.arange(0, PART), tl.arange(0, DP)
+        scaled = (-d_total[:, None] * x.to(tl.float32)).to(x.dtype)
+        shift = load_vector(gram_bias + g * D, 0, D, DP, 0.0)
+        dx -= d_total[:, None] * shift[None, :]
+        dx += dot(scaled, load_part(gram + g * D * D, 0, D, DP, D, DP), PRECISION)
+        if MAP_GRADIENT:
+            for start in range(0, DP, PART):
+                n = load_part(norm + g * D * D, start, D, PART, D, DP)
+                y = dot(x, tl.trans(n), PRECISION) + load_vector(norm_bias + g * D, start, D, PART, 0.0)[None, :]
+                y = -d_total[:, None] * y
+                row = start + tl.arange(0, PART)
                 grad = dot(tl.trans(y.to(x.dtype)), x, PRECISION)
                 pointers = d_norm + g * D * D + row[:, None] * D + col[None, :]
                 tl.atomic_add(pointers, grad, mask=(row < D)[:, None] & (col < D)[None, :])
                 tl.atomic_add(d_norm_bias + g * D + row, tl.sum(y, 0), mask=row < D)
     else:
-        col = tl.arange(0, DP)
         y = x.to(tl.float32) * root + load_vector(norm_bias + g * D, 0, D, DP, 0.0)[None, :]
         y = -d_total[:, None] * y
-        dx = y * root
+        dx += y * root
         if MAP_GRADIENT:
             tl.atomic_add(d_norm_bias + g * D + col, tl.sum(y, 0), mask=col < D)
     return dx
@@ -183,3 +185,22 @@ def add_weight_gradient(
     pointers = d_weight + g * M * D + row[:, None] * D + col[None, :]
     tl.atomic_add(pointers, grad, mask=(row < M)[:, None] & (col < D)[None, :])
     tl.atomic_add(d_bias + g * M + row, tl.sum(d_log, 0), mask=row < M)
+
+
+@triton.jit
+def priority_level(priority, block, FADE: tl.constexpr):
+    """`retention.priority_level` of rounded priorities of keys of one block."""
+    level = (priority.to(tl.int32, bitcast=True) >> 11) + (block * FADE).to(tl.int32)
+    return tl.where(priority > float("-inf"), level.to(tl.float32), float("-inf"))
+
+
+@triton.jit
+def sort_keys(level, top, place):
+    """Non-negative integers without ties that sort keys by level and then by place, the earlier one above.
+
+    `top` is the largest level there is: counted from it, a level takes 20 bits, and levels that stand further behind
+    than 2^20 (256 octaves) are one. Places take 11. What may not compete (`-inf`) sorts below all that may.
+    """
+    behind = (tl.maximum(top, 0.0) - tl.where(level > float("-inf"), level, 0.0)).to(tl.int32)
+    field = 0xFFFFE - tl.minimum(behind, 0xFFFFD)
+    return (tl.where(level > float("-inf"), field, 0) << 11) | (2047 - place)

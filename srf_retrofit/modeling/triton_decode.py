@@ -54,7 +54,7 @@ _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? active, "
     + ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(SRFState._fields))
     + "".join(f", Tensor{'?' if 'norm' in name else ''} {name}" for name in _MAP_NAMES)
-    + ", int delay, float scaling, bool use_tail) -> Tensor"
+    + ", int delay, int fade, float scaling, bool use_tail) -> Tensor"
 )
 
 
@@ -131,7 +131,7 @@ def decode_step_(
     delay = min(config.retention_delay, config.window // 2)
     # The operator's dispatch costs more than the kernel at small batches, so it is for graphs alone.
     step = decode_step if torch.compiler.is_compiling() else _launch
-    return step(*tensors, delay, float(scaling), use_tail)
+    return step(*tensors, delay, config.fade, float(scaling), use_tail)
 
 
 def _launch(*arguments: Any) -> torch.Tensor:
@@ -139,7 +139,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
     q, k, v, active, *rest = arguments
     state = SRFState(*rest[:12])
     maps = [None if x is None else x.contiguous() for x in rest[12:20]]
-    delay, scaling, use_tail = rest[20:]
+    delay, fade, scaling, use_tail = rest[20:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     b, heads, _, d = q.shape
     g, m = state.k_sum.shape[1:]
@@ -155,7 +155,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
     sizes = {
         "G": g, "R": heads // g, "RP": _power(heads // g), "D": d, "DP": dp, "M": m,
         "W": w, "WP": _power(2 * w), "EP": _power(w), "S": s, "SP": _power(s),
-        "H": h, "HT": slots, "POOL": _power(h + w), "DELAY": delay,
+        "H": h, "HT": slots, "POOL": _power(h + w), "DELAY": delay, "FADE": fade,
         "MT": min(_power(m), tile), "NT": min(dp, tile), "FT": min(_power(m), tile, 32),
         "TAIL": use_tail, "MASKED": active is not None,
         "QUERY_MATRIX": maps[2] is not None, "QUERY_SHIFT": maps[3] is not None,

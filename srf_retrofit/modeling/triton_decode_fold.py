@@ -13,6 +13,8 @@ try:
 except ImportError:  # passed on: `triton_decode` reports it, and a loader that scans for imports sees an optional one
     raise
 
+from .triton_common import priority_level, sort_keys
+
 LOG_ZERO = tl.constexpr(-1e30)
 
 
@@ -144,15 +146,15 @@ def finish_block(
     retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, root,
     W: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     EP: tl.constexpr, POOL: tl.constexpr, MOVE: tl.constexpr, MT: tl.constexpr, NT: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr, FADE: tl.constexpr,
 ):  # fmt: skip
     """After the last token of a block, at `position`: the block before leaves the window, this one takes its place.
 
-    The `H` retained keys and the `W` that leave are one pool, in order of position: `chunked.rank_and_evict`. A
-    rounded priority is a non-negative float with 11 zero bits at its end, or `-inf`; as an integer, with the place in
-    the pool in those bits, it sorts by priority and then by age, without ties. The `H`-th largest is found by
-    bisection. Two lists of places, of those that stay and of those that go, are needed across threads: they are kept,
-    as floats, where the priorities were, which are in registers by then and written anew at the end.
+    The `H` retained keys and the `W` that leave are one pool, in order of position: `retention.rank_and_evict`. Their
+    levels (`retention.priority_level`), with the place in the pool below, are integers without ties that sort by level
+    and then by age (`triton_common.sort_keys`). The `H`-th largest is found by bisection. Two lists of places, of those
+    that stay and of those that go, are needed across threads: they are kept, as floats, where the priorities were,
+    which are in registers by then and written anew at the end.
     """
     first = position + 1 - 2 * W
     e = tl.arange(0, EP)
@@ -163,12 +165,12 @@ def finish_block(
         arrives = (slot >= 0) & (slot < W) & (first + slot >= S)
         priority = tl.load(retained_priority + i, mask=i < H, other=float("-inf"))
         arriving = tl.load(window_priority + slot, mask=arrives, other=float("-inf"))
-        priority = tl.where(i < H, priority, arriving)
-        rank = (priority.to(tl.int32, bitcast=True) & -0x800) | (2047 - i)
+        priority = tl.where(i < H, priority, priority_level(arriving, first // W, FADE))
+        rank = sort_keys(priority, tl.max(priority, 0), i)
         rank = tl.where(i < H + W, rank, -0x7FFFFFFF)
-        # At least H places are >= low, fewer than H are >= high; low starts below -inf, high above every probability.
-        low = -0x800000
-        high = 0x7F000000
+        # At least H places are >= low, fewer than H are >= high.
+        low = 0
+        high = 0x7FFFFFFF
         for _ in range(31):
             middle = low + ((high - low) >> 1)
             enough = tl.sum((rank >= middle).to(tl.int32), 0) >= H

@@ -104,7 +104,7 @@ def decode_kernel(
     H: tl.constexpr, HT: tl.constexpr, POOL: tl.constexpr, DELAY: tl.constexpr,
     MT: tl.constexpr, NT: tl.constexpr, FT: tl.constexpr,
     TAIL: tl.constexpr, MASKED: tl.constexpr, QUERY_MATRIX: tl.constexpr, QUERY_SHIFT: tl.constexpr,
-    KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr, OPERAND: tl.constexpr,
+    KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr, OPERAND: tl.constexpr, FADE: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, G): rows of one head run side by side and share its feature map in the caches.
 
@@ -198,7 +198,7 @@ def decode_kernel(
         tl.store(window_key + (W + phase) * D + d, new_key, mask=d < columns)
         tl.store(window_value + (W + phase) * D + d, new_value, mask=d < columns)
     if H > 0:
-        # The largest probability, over the query heads, of each key among sinks and window; `chunked.round_priority`.
+        # The largest probability, over the query heads, of each key among sinks and window; `retention.round_priority`.
         p = tl.exp(logits - (top + tl.log(total))[:, None])
         received = tl.max(tl.where(is_head[:, None], p, 0.0), 0)
         bits = (received.to(tl.int32, bitcast=True) + 0x400) & -0x800
@@ -267,5 +267,5 @@ def decode_kernel(
                 position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
                 retained_key, retained_value, retained_priority,
                 key_weight, key_bias, key_norm_weight, key_norm_bias, root,
-                W, S, H, M, D, DP, EP, POOL, FT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND,
+                W, S, H, M, D, DP, EP, POOL, FT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, FADE,
             )  # fmt: skip

@@ -1,6 +1,7 @@
 """Which keys are retained: their priorities in one parallel pass, then the competition for the slots, block by block.
 
-The rules are those of `chunked.local_priorities` and `chunked.rank_and_evict`, to the bit where sums agree to 12 bits.
+The rules are those of `retention.local_priorities` and `retention.rank_and_evict`, to the bit where sums agree to 12
+bits.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ try:
 except ImportError:  # see triton_common
     raise
 
-from .triton_common import dot, load_rows, load_rows_of_heads
+from .triton_common import dot, load_rows, load_rows_of_heads, priority_level, sort_keys
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def priority_kernel(
 ):  # fmt: skip
     """Largest probability that the keys of a block and of the one before receive from the block's queries.
 
-    `received` is (N, G, 2, W): before and own, rounded as `chunked.round_priority`, `-inf` where no query counts.
+    `received` is (N, G, 2, W): before and own, rounded as `retention.round_priority`, `-inf` where no query counts.
     """
     block, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(block_row + block)
@@ -90,17 +91,10 @@ def priority_kernel(
 
 
 @triton.jit
-def sort_keys(priority, first: tl.constexpr, count: tl.constexpr, COUNT: tl.constexpr):
-    """Unique integers that sort a part of the pool; place `first + i` of the pool holds `priority[i]`.
-
-    Priorities are non-negative floats whose 11 low bits are zero, so their bits with the place below make one integer:
-    larger priority first, the earlier key among equals. What may not compete sorts below all that may, padding below
-    everything.
-    """
+def part_keys(priority, top, first: tl.constexpr, count: tl.constexpr, COUNT: tl.constexpr):
+    """`triton_common.sort_keys` of a part of the pool, whose place `first + i` holds `priority[i]`; padding is last."""
     place = first + tl.arange(0, COUNT)
-    key = (priority.to(tl.int32, bitcast=True) & -0x800) | (2047 - place)
-    key = tl.where(priority > float("-inf"), key, -1 - place)
-    return tl.where(place < first + count, key, -100000 - place)
+    return tl.where(place < first + count, sort_keys(priority, top, place), -100000 - place)
 
 
 @triton.jit
@@ -108,13 +102,14 @@ def compete(
     kept, kept_priority, token, priority,
     H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
-    """The `H` highest priorities of the `H` kept keys and `W` later ones, in order of position, free slots first.
+    """The `H` highest levels of the `H` kept keys and `W` later ones, in order of position, free slots first.
 
     Returns the new slots, and which of both parts stay: (HP,), (HP,), (HP,), (WP,).
     """
     slot = tl.arange(0, HP)
-    held = sort_keys(kept_priority, 0, H, HP)
-    new = sort_keys(priority, H, W, WP)
+    best = tl.maximum(tl.max(kept_priority, 0), tl.max(priority, 0))
+    held = part_keys(kept_priority, best, 0, H, HP)
+    new = part_keys(priority, best, H, W, WP)
     ahead = tl.sum((held[None, :] > held[:, None]).to(tl.int32), 1)
     ahead += tl.sum((new[None, :] > held[:, None]).to(tl.int32), 1)
     stays = ((ahead < H) & (slot < H)).to(tl.int32)
@@ -157,7 +152,7 @@ def rank_run_kernel(
     run_table, block_row, row_block, key_token, key_position, block_full, received, start_priority,
     run_token, run_priority, priority, slot_token, slot_priority, fold_token,
     G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, SINKS: tl.constexpr,
-    WRITE: tl.constexpr, START: tl.constexpr,
+    FADE: tl.constexpr, WRITE: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """The competition of one head along a run of blocks; on indices only.
 
@@ -184,7 +179,8 @@ def rank_run_kernel(
         full = tl.load(block_full + block) > 0
         token = tl.load(key_token + entry * W + key, mask=key < W, other=-1)
         token = tl.where(tl.load(key_position + entry) + key >= SINKS, token, -1)
-        rival = tl.where((token >= 0) & full, top, float("-inf"))
+        level = priority_level(top, tl.load(key_position + entry) // W, FADE)
+        rival = tl.where((token >= 0) & full, level, float("-inf"))
         new, new_priority, stays, enters = compete(kept, kept_priority, token, rival, H, HP, W, WP)
         if WRITE:
             tl.store(priority + (entry * G + g) * W + key, top, mask=key < W)

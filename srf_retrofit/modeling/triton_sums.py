@@ -51,14 +51,28 @@ def folded_tokens(
 
 
 @triton.jit
+def key_norm_kernel(
+    k, norm, norm_low, norm_bias, root, key_half, skb, skg, skl, pool,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, MATRIX: tl.constexpr,
+    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`half_norm_of` every key of the pool, (B, G, pool): each kernel that needs log-features of keys reads it."""
+    g, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.where(place < pool, place, -1)
+    x = load_rows(k + batch * skb + g * skg, token, skl, D, DP, OPERAND)
+    half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
+    tl.store(key_half + (batch * G + g) * pool + place, half, mask=place < pool)
+
+
+@triton.jit
 def run_kernel(
     k, v, run_table, block_row, key_token, key_position, fold_token, block_full,
-    weight, weight_low, bias, norm, norm_low, norm_bias, root,
-    run_sum, run_mass, run_max, mean, log_mass, reference,
-    skb, skg, skl, svb, svg, svl, one_batch,
+    weight, weight_low, bias, key_half, run_sum, run_mass, run_max, mean, log_mass, reference,
+    skb, skg, skl, svb, svg, svl, one_batch, pool,
     G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, PART: tl.constexpr, FEATURES: tl.constexpr,
-    MATRIX: tl.constexpr, WRITE: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, FEATURES: tl.constexpr, WRITE: tl.constexpr,
+    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A run of blocks, a head, `FEATURES` features: their sums (`WRITE` false), or the states before each block."""
     run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -68,6 +82,7 @@ def run_kernel(
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
     k += batch * skb + g * skg
     v += batch * svb + g * svg
+    key_half += (batch * G + g) * pool
     place = (run * G + g) * M
     if WRITE:
         total = load_part(run_sum + place * D, start, M, FEATURES, D, DP)
@@ -91,7 +106,7 @@ def run_kernel(
             entry, block, g, key_token, key_position, fold_token, block_full, G, W, WP, SINKS, RETAINED, PURE
         )
         x = load_rows(k, token, skl, D, DP, OPERAND)
-        half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
+        half = tl.load(key_half + token, mask=token >= 0, other=0.0)
         b = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
         b += load_vector(bias + g * M, start, M, FEATURES, 0.0)[None, :] - half[:, None]
         b = tl.where((token >= 0)[:, None], b, float("-inf"))
@@ -179,6 +194,7 @@ def run_gradient_kernel(
 def scan_gradient_kernel(
     row_run, run_table, reference, run_d_sum, run_d_mass, end_d_sum, end_d_mass, start_d_sum, start_d_mass,
     G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr,
+    END: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """Turn the runs' gradients, in place, into the gradient of the sums after each run; from the last run back."""
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -186,8 +202,11 @@ def scan_gradient_kernel(
     here, inside = f < M, (f < M)[:, None] & (dim < D)[None, :]
     grid = f[:, None] * D + dim[None, :]
     place = (row * G + g) * M
-    total = tl.load(end_d_sum + place * D + grid, mask=inside, other=0.0)
-    mass = tl.load(end_d_mass + place + f, mask=here, other=0.0)
+    total = tl.zeros((MB, DP), tl.float32)
+    mass = tl.zeros((MB,), tl.float32)
+    if END:
+        total += tl.load(end_d_sum + place * D + grid, mask=inside, other=0.0)
+        mass += tl.load(end_d_mass + place + f, mask=here, other=0.0)
     low, high = tl.load(row_run + row), tl.load(row_run + row + 1)
     for back in range(high - low):
         run = (high - 1 - back).to(tl.int64)
@@ -205,8 +224,9 @@ def scan_gradient_kernel(
         )
         total = total * decay[:, None] + new_total
         mass = mass * decay + new_mass
-    tl.store(start_d_sum + place * D + grid, total, mask=inside)
-    tl.store(start_d_mass + place + f, mass, mask=here)
+    if START:
+        tl.store(start_d_sum + place * D + grid, total, mask=inside)
+        tl.store(start_d_mass + place + f, mass, mask=here)
 
 
 @triton.jit
@@ -225,12 +245,17 @@ def state_gradient_kernel(
     place = (run * G + g) * M
     total = load_part(run_d_sum + place * D, start, M, MB, D, DP)
     mass = load_vector(run_d_mass + place, start, M, MB, 0.0)
-    above = load_vector(reference + ((first + count + row).to(tl.int64) * G + g) * M, start, M, MB, 0.0)
+    last = (first + count - 1).to(tl.int64)
+    above = load_vector(reference + ((last + 1 + row) * G + g) * M, start, M, MB, 0.0)
+    own = load_part(d_sum + (last * G + g) * M * D, start, M, MB, D, DP).to(tl.float32)
+    own_mass = load_vector(d_mass + (last * G + g) * M, start, M, MB, 0.0)
     for back in range(count):
-        block = (first + count - 1 - back).to(tl.int64)
+        block = last - back
         at = (block * G + g) * M
-        own = load_part(d_sum + at * D, start, M, MB, D, DP).to(tl.float32)
-        own_mass = load_vector(d_mass + at, start, M, MB, 0.0)
+        # The next block is asked for before this one is written: the compiler cannot know that they differ.
+        ahead = (tl.maximum(block - 1, first) * G + g) * M
+        next_own = load_part(d_sum + ahead * D, start, M, MB, D, DP).to(tl.float32)
+        next_mass = load_vector(d_mass + ahead, start, M, MB, 0.0)
         store_part(d_sum + at * D, start, total, M, MB, D, DP)
         store_vector(d_mass + at, start, mass, M, MB)
         below = load_vector(reference + ((block + row) * G + g) * M, start, M, MB, 0.0)
@@ -238,14 +263,16 @@ def state_gradient_kernel(
         total = total * decay[:, None] + own
         mass = mass * decay + own_mass
         above = below
+        own = next_own
+        own_mass = next_mass
 
 
 @triton.jit
 def fold_gradient_kernel(
     k, v, dk, dv, block_row, key_token, key_position, fold_token, block_full,
-    weight, weight_low, bias, norm, norm_low, norm_bias, root,
-    reference, d_sum, d_mass, d_weight, d_bias, d_norm, d_norm_bias,
-    skb, skg, skl, svb, svg, svl, sgb, sgg, sgl, one_batch,
+    weight, weight_low, bias, norm, norm_low, norm_bias, gram, gram_bias, root,
+    key_half, reference, d_sum, d_mass, d_weight, d_bias, d_norm, d_norm_bias,
+    skb, skg, skl, svb, svg, svl, sgb, sgg, sgl, one_batch, pool,
     G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
     WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, PART: tl.constexpr,
     MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
@@ -261,8 +288,7 @@ def fold_gradient_kernel(
     )
     x = load_rows(k + batch * skb + g * skg, token, skl, D, DP, OPERAND)
     y = load_rows(v + batch * svb + g * svg, token, svl, D, DP, OPERAND)
-    half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
-    half = tl.where(token >= 0, half, 1e30)
+    half = tl.load(key_half + (batch * G + g) * pool + token, mask=token >= 0, other=1e30)
     dx = tl.zeros((WP, DP), tl.float32)
     dy = tl.zeros((WP, DP), tl.float32)
     total = tl.zeros((WP,), tl.float32)
@@ -283,8 +309,8 @@ def fold_gradient_kernel(
         total += tl.sum(d_log, 1)
         if MAP_GRADIENT:
             add_weight_gradient(d_log, x, d_weight, d_bias, g, start, M, FEATURES, D, DP, PRECISION)
-    dx += norm_gradient(
-        total, x, norm, norm_low, norm_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
+    dx = norm_gradient(
+        dx, total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
         MAP_GRADIENT, PRECISION,
     )  # fmt: skip
     # Every key is folded at most once, so nobody else writes these rows now.

@@ -1,0 +1,215 @@
+"""The backward pass of the fused kernels: what is launched, in which order, on which memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .fused_call import Call, Sizes, carve, launcher, on_device, room_for, unit_stride
+from .fused_forward import kept_sizes, slot_index_sizes
+
+try:
+    from .triton_attend_backward import key_kernel, query_kernel, sink_kernel, state_kernel
+    from .triton_pure import in_block_key_kernel
+    from .triton_sums import (
+        fold_gradient_kernel,
+        run_gradient_kernel,
+        scan_gradient_kernel,
+        state_gradient_kernel,
+    )
+except ImportError:
+    # Nothing is launched then, see `fused_attention.why_not_fused`.
+    pass
+
+
+def backward(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    folded: list[torch.Tensor | None],
+    saved: list[torch.Tensor],
+    do: torch.Tensor,
+    end_d_sum: torch.Tensor | None,
+    end_d_mass: torch.Tensor | None,
+    scaling: float,
+    with_maps: bool,
+) -> list[torch.Tensor]:
+    """Launch the kernels of one call's backward pass; arguments and result as of `fused._attend_backward`."""
+    s, t = call.sizes, call.tables
+    blocks, rows, runs, pool = call.blocks, call.rows, call.runs, k.shape[2]
+    continues = call.continues
+    o, mean, kept, slot_indices = saved
+    log_sum, half_norm, log_mass, reference, key_half = carve(kept, *kept_sizes(s, blocks, rows, k))
+    slots, fold = carve(slot_indices, *slot_index_sizes(s, blocks, rows))
+    q, k, v, do = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(do)
+    out = gradients(q, k, rows, folded, s, with_maps, mask is not None, continues)
+    dq, dk, dv = out[:3]
+    start_d_sum, start_d_mass = out[3:5] if continues else (None, None)
+    # In the order of the kernels: weight, bias, norm, norm_bias of either side.
+    pointers = [x if x.numel() else reference for x in out[-8:]] if with_maps else [reference] * 8
+    d_query, d_key = pointers[:4], pointers[4:]
+
+    query_tile, state_tile, key_tile = s.tiles["query"], s.tiles["state"], s.tiles["key"]
+    partials = blocks * s.G * query_tile.rounds * s.SINKS * s.D
+    states, run_states = blocks * s.G * s.M, runs * s.G * s.M
+    scratch = (log_sum.numel(), partials, partials, states, run_states * s.D, run_states)
+    delta, d_sink_key, d_sink_value, d_mass, run_d_sum, run_d_mass = carve(
+        q.new_empty(room_for(*scratch), dtype=torch.float32), *scratch
+    )
+    d_sum = torch.empty_like(mean)
+    # With the strides of `dk`, which is dense.
+    both = (dk.numel(), dk.numel())
+    d_slots = carve(q.new_zeros(room_for(*both), dtype=torch.float32), *both) if s.H else (dk, dk)
+
+    key_strides, do_strides, dk_strides = (*k.stride()[:3], *v.stride()[:3]), do.stride()[:3], dk.stride()[:3]
+    query_strides = (*q.stride()[:3], *key_strides)
+    numbers = (*query_strides, *o.stride()[:3], *do_strides, *dq.stride()[:3], *dk_strides, blocks, pool)
+    launch = launcher(
+        call, "backward", numbers, (q, k, v, *saved, do, end_d_sum, end_d_mass, *call.query, *call.key),
+        with_maps, mask is None, end_d_sum is None,
+    )  # fmt: skip
+    split, maps = call.maps["SPLIT"], call.maps
+
+    def common(**more: Any) -> dict[str, Any]:
+        return dict(G=s.G, D=s.D, DP=s.DP, W=s.W, WP=s.WP, **call.kinds) | more
+
+    with on_device(q.device):
+        launch(
+            "query", query_kernel, (blocks, s.G, query_tile.rounds),
+            (
+                q, k, v, o, do, dq, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots,
+                *call.query, call.root, *call.key[:3], key_half,
+                mean, log_mass, log_sum, half_norm, delta, d_sink_key, d_sink_value, *d_query,
+                scaling, blocks,
+                *query_strides, *o.stride()[:3], *do_strides, *dq.stride()[:3], call.one_batch, pool,
+            ),
+            lambda: common(
+                R=s.R, M=s.M, MP=s.MP, HEADS=query_tile.heads, TILES=query_tile.rounds, SINKS=s.SINKS, SP=s.SP, H=s.H,
+                HP=s.HP, PART=s.PART, PURE=s.PURE, TAIL=s.TAIL, MATRIX=maps["MATRIX"], SPLIT=split,
+                MAP_GRADIENT=with_maps, **query_tile.options,
+            ),
+        )  # fmt: skip
+        tails = s.feature_parts if s.TAIL else 0
+        if tails + s.slot_parts:
+            launch(
+                "state", state_kernel, (blocks, s.G, tails + s.slot_parts),
+                (
+                    q, k, v, do, t.block_row, t.query_token, slots, *call.query[:3],
+                    log_mass, reference, log_sum, half_norm, delta, d_sum, d_mass, *d_slots, scaling, blocks,
+                    *query_strides, *do_strides, *dk_strides, call.one_batch,
+                ),
+                lambda: common(
+                    R=s.R, M=s.M, MP=s.MP, HEADS=state_tile.heads, TILES=state_tile.rounds, H=s.H, HP=s.HP, PART=s.PART,
+                    TAILS=tails, SPLIT=split, **state_tile.options,
+                ),
+            )  # fmt: skip
+        if not s.TAIL:
+            d_sum.zero_()
+            d_mass.zero_()
+        if s.PURE and not s.TAIL:
+            dk.zero_()
+            dv.zero_()
+        elif s.PURE:
+            launch(
+                "own keys", in_block_key_kernel, (blocks, s.G, 1),
+                (
+                    q, k, v, do, dk, dv, t.block_row, t.query_token, t.key_token, t.key_position,
+                    *call.query[:3], *call.key, call.root, key_half, log_mass, log_sum, half_norm, delta, *d_key,
+                    blocks, *query_strides, *do_strides, *dk_strides, call.one_batch, pool,
+                ),
+                lambda: common(
+                    R=s.R, M=s.M, MP=s.MP, HEADS=key_tile.heads, TILES=key_tile.rounds, SINKS=s.SINKS, PART=s.PART,
+                    KEY_MATRIX=maps["KEY_MATRIX"], SPLIT=split, MAP_GRADIENT=with_maps,
+                    **key_tile.options,
+                ),
+            )  # fmt: skip
+        else:
+            launch(
+                "key", key_kernel, (blocks + rows, s.G, 1),
+                (
+                    q, k, v, do, dk, dv, *d_slots, t.entry_table, t.query_token, t.key_token, t.key_position,
+                    log_sum, delta, scaling, blocks, *query_strides, *do_strides, *dk_strides, call.one_batch,
+                ),
+                lambda: common(
+                    R=s.R, HEADS=key_tile.heads, TILES=key_tile.rounds, SINKS=s.SINKS, H=s.H,
+                    **key_tile.options,
+                ),
+            )  # fmt: skip
+
+        def scan() -> dict[str, Any]:
+            return {"G": s.G, "M": s.M, "D": s.D, "DP": s.DP, "MB": s.scan_step, "num_warps": 4}
+
+        walked = (t.run_table, t.block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass)
+        launch("run gradient", run_gradient_kernel, (runs, s.G, s.scan_parts), walked, scan)
+        launch(
+            "scan gradient", scan_gradient_kernel, (rows, s.G, s.scan_parts),
+            (
+                t.row_run, t.run_table, reference, run_d_sum, run_d_mass, end_d_sum, end_d_mass,
+                start_d_sum, start_d_mass,
+            ),
+            lambda: scan() | {"END": end_d_sum is not None, "START": continues},
+        )  # fmt: skip
+        launch("state gradient", state_gradient_kernel, (runs, s.G, s.scan_parts), walked, scan)
+        launch(
+            "fold gradient", fold_gradient_kernel, (blocks, s.G, 1),
+            (
+                k, v, dk, dv, t.block_row, t.key_token, t.key_position, fold, t.block_full,
+                *call.key, call.root, key_half, reference, d_sum, d_mass, *d_key,
+                *key_strides, *dk_strides, call.one_batch, pool,
+            ),
+            lambda: common(
+                M=s.M, MP=s.MP, SINKS=s.SINKS, RETAINED=s.H, PURE=s.PURE, PART=s.PART, MATRIX=maps["KEY_MATRIX"],
+                SPLIT=split, MAP_GRADIENT=with_maps, **s.tiles["fold"].options,
+            ),
+        )  # fmt: skip
+        if s.H and continues:
+            _add_state_slots((dk, dv), d_slots, s, pool - q.shape[2])
+        if s.SINKS:
+            launch(
+                "sinks", sink_kernel, (rows, s.G, -(-s.SINKS * s.D // 128)),
+                (dk, dv, d_sink_key, d_sink_value, t.row_block, t.sink_token, *dk_strides, call.one_batch),
+                lambda: {
+                    "G": s.G, "D": s.D, "SINKS": s.SINKS, "TILES": query_tile.rounds, "COLUMNS": 128, "num_warps": 4,
+                },
+            )  # fmt: skip
+    if with_maps:
+        for i, x in enumerate(out[-8:]):
+            if i % 4 in (0, 2) and x.numel():
+                x *= call.root
+    return out
+
+
+def gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rows: int,
+    folded: list[torch.Tensor | None],
+    s: Sizes,
+    with_maps: bool,
+    has_mask: bool,
+    continues: bool,
+) -> list[torch.Tensor]:
+    """Room for what `backward` returns; zeros where kernels add, or may leave out tokens."""
+    make = torch.zeros_like if has_mask else torch.empty_like
+    make_pool = torch.zeros_like if has_mask or continues else torch.empty_like
+    out = [make(q), make_pool(k), make_pool(k)]
+    if continues:
+        out += [q.new_empty(rows, s.G, s.M, s.D, dtype=torch.float32), q.new_empty(rows, s.G, s.M, dtype=torch.float32)]
+    if with_maps:
+        out += [q.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in folded]
+    return out
+
+
+def _add_state_slots(
+    grads: tuple[torch.Tensor, torch.Tensor], d_slots: tuple[torch.Tensor, ...], s: Sizes, extra: int
+) -> None:
+    """Slots that a state brought are in no block, so no program has added their gradients yet."""
+    for grad, d_slot in zip(grads, d_slots, strict=True):
+        mine, theirs = (
+            x[:, :, :extra].unflatten(2, (-1, s.SINKS + s.H + 2 * s.W))[:, :, :, s.SINKS : s.SINKS + s.H]
+            for x in (grad, d_slot.as_strided(grad.shape, grad.stride()))
+        )
+        mine += theirs
