@@ -23,14 +23,30 @@ from transformers import DynamicCache
 from .data import TokenBlocks
 from .modeling.attention import SRFAttention, ablated_attention, exact_attention, srf_attentions
 from .modeling.ops import ABLATIONS, srf_attention
+from .scoring import evaluating, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "MODES",
+    "Distance",
+    "Perplexity",
+    "ablation",
+    "copy_recall",
+    "decode_times",
+    "distance",
+    "evaluating",
+    "head_errors",
+    "passkey_recall",
+    "perplexity",
+]
 
 MODES = ("full", *(name for name in ABLATIONS if name is not None))
 
 # Positions whose logits are turned into float32 log-probabilities at once: 256 x 49,152 x 4 bytes = 48 MiB.
 _POSITIONS = 256
+_POSITIONS_GPU = 2048
 _PREFILL = 1024  # tokens at once while a context is filled
 
 
@@ -64,20 +80,6 @@ class Distance:
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
-
-
-@contextmanager
-def evaluating(*models: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; training mode comes back as it was, module by module."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
@@ -145,14 +147,13 @@ def perplexity(
     ValueError
         For blocks of one token, or see `ablation`.
     """
-    total, tokens = 0.0, 0
+    total: torch.Tensor | float = 0.0  # summed where the model is, so that the device is not waited for
+    tokens = 0
     with evaluating(model), ablation(model, mode):
         for input_ids in _batches(blocks, batch_size, f"perplexity, {mode}", progress):
-            logits, labels = _logits(model, input_ids).flatten(0, 1), input_ids[:, 1:].flatten().to(model.device)
-            for some, right in zip(logits.split(_POSITIONS), labels.split(_POSITIONS), strict=True):
-                total += float(functional.cross_entropy(some.float(), right, reduction="sum"))
-            tokens += labels.numel()
-    return Perplexity(total / tokens, tokens)
+            nll = score_tokens(model, input_ids).nll
+            total, tokens = total + nll.double().sum(), tokens + nll.numel()
+    return Perplexity(float(total) / tokens, tokens)
 
 
 def distance(
@@ -167,7 +168,10 @@ def distance(
 
     Teacher and student may be the same retrofitted model: the teacher then is its exact softmax form.
     """
-    kl, same, tokens = 0.0, 0, 0
+    # Summed where the teacher is, so that the device is not waited for.
+    kl: torch.Tensor | float = 0.0
+    same: torch.Tensor | int = 0
+    tokens = 0
     with evaluating(teacher, student):
         for input_ids in _batches(blocks, batch_size, "distance to the teacher", progress):
             if teacher is student:
@@ -176,12 +180,13 @@ def distance(
             else:
                 wanted = _logits(teacher, input_ids).flatten(0, 1)
             given = _logits(student, input_ids).flatten(0, 1).to(wanted.device)
-            for theirs, mine in zip(wanted.split(_POSITIONS), given.split(_POSITIONS), strict=True):
+            size = _POSITIONS_GPU if wanted.is_cuda else _POSITIONS
+            for theirs, mine in zip(wanted.split(size), given.split(size), strict=True):
                 p, q = theirs.float().log_softmax(-1), mine.float().log_softmax(-1)
-                kl += float(functional.kl_div(q, p, reduction="sum", log_target=True))
-                same += int((p.argmax(-1) == q.argmax(-1)).sum())
+                kl = kl + functional.kl_div(q, p, reduction="sum", log_target=True).double()
+                same = same + (p.argmax(-1) == q.argmax(-1)).sum()
             tokens += wanted.shape[0]
-    return Distance(kl / tokens, same / tokens, tokens)
+    return Distance(float(kl) / tokens, int(same) / tokens, tokens)
 
 
 def head_errors(model: PreTrainedModel, blocks: TokenBlocks, *, progress: bool = False) -> list[list[float]]:
@@ -241,9 +246,10 @@ def copy_recall(model: PreTrainedModel, *, length: int = 128, trials: int = 4, s
         raise ValueError(f"copy_recall needs length >= 2 and trials >= 1, got {length=}, {trials=}")
     generator = torch.Generator().manual_seed(seed)
     once = torch.randint(model.config.vocab_size, (trials, length), generator=generator)
+    scored = torch.zeros(trials, 2 * length, dtype=torch.bool)
+    scored[:, length + 1 :] = True
     with evaluating(model):
-        guesses = _logits(model, torch.cat([once, once], dim=1)).argmax(-1)[:, length:].cpu()
-    return float((guesses == once[:, 1:]).float().mean())
+        return float(score_tokens(model, torch.cat([once, once], dim=1), scored).right.float().mean())
 
 
 def passkey_recall(
@@ -283,8 +289,8 @@ def passkey_recall(
             told = ids(f"\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n")
             question, answer = ids("\n\nWhat is the pass key? The pass key is"), ids(f" {key}")
             row = torch.cat([text[:place], told, text[place:], question, answer]).unsqueeze(0)
-            guesses = _logits(model, row).argmax(-1)[0, -len(answer) :].cpu()
-            right += int((guesses == answer).sum())
+            scored = torch.arange(row.shape[1]).unsqueeze(0) >= row.shape[1] - len(answer)
+            right += int(score_tokens(model, row, scored).right.sum())
             asked += len(answer)
     return right / asked
 

@@ -1,25 +1,16 @@
-"""Text in, token blocks out; the parts stay apart and bad input says what to do."""
+"""Documents from wherever they are; the parts stay apart and bad input says what to do."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import lzma
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from srf_retrofit import data
-
-
-class Letters:
-    """One token per character; the end of a text is token 0."""
-
-    eos_token_id: int | None = 0
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) for c in text]}
+from srf_retrofit import corpus, data
 
 
 def test_language_reference_repeats_no_paragraph() -> None:
@@ -59,42 +50,6 @@ def test_split_needs_three_documents() -> None:
         data.split_documents(["one", "one", "two"])
     with pytest.raises(ValueError, match="leave some training text"):
         data.split_documents(["a", "b", "c"], held_out=0.9, calibration=0.1)
-
-
-def test_pack_joins_with_eos_and_drops_the_rest() -> None:
-    blocks = data.pack(["abc", "de"], Letters(), 3)
-    assert blocks.blocks.tolist() == [[97, 98, 99], [0, 100, 101]]
-    assert len(blocks) == 2
-    assert blocks.num_tokens == 6
-    item = blocks[1]
-    assert item["input_ids"].dtype == torch.int64
-    assert torch.equal(item["input_ids"], item["labels"])
-    assert [b["input_ids"].shape for b in data.pack(["x" * 100], Letters(), 20).batches(2)] == [
-        (2, 20),
-        (2, 20),
-        (1, 20),
-    ]
-
-
-def test_pack_limit() -> None:
-    def endless():
-        while True:
-            yield "abcdefg"
-
-    assert len(data.pack(endless(), Letters(), 4, limit=3)) == 3
-
-
-def test_pack_refuses_too_little() -> None:
-    with pytest.raises(ValueError, match="6 tokens do not fill one block of 100"):
-        data.pack(["hello"], Letters(), 100)
-    with pytest.raises(ValueError, match="at least 2 tokens"):
-        data.pack(["hello"], Letters(), 1)
-    no_end = Letters()
-    no_end.eos_token_id = None
-    with pytest.raises(ValueError, match="no eos_token"):
-        data.pack(["hello"], no_end, 2)
-    with pytest.raises(ValueError, match="non-empty"):
-        data.TokenBlocks(torch.zeros(0, 4))
 
 
 def test_read_text_is_cut_at_blank_lines(tmp_path) -> None:
@@ -147,7 +102,7 @@ def test_hub_data_set(monkeypatch) -> None:
     documents = data.load_documents("owner/texts:english")
     assert calls == [("owner/texts", "english", "train", True)]
     assert len(documents) == data.HUB_LIMIT
-    with pytest.raises(ValueError, match="no field 'body'"):
+    with pytest.raises(ValueError, match="row 0: no text under 'body'; the row has 'text'"):
         data.load_documents("owner/texts", field="body")
 
 
@@ -158,3 +113,109 @@ def test_unknown_source_is_one_clear_error(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(ValueError, match="neither a text file nor a hub data set.*offline"):
         data.load_documents("nobody/nothing")
+
+
+def test_sections_do_not_depend_on_the_chunks_a_file_is_read_in(tmp_path, monkeypatch) -> None:
+    text = "".join(f"line {i}" + "\n" * (i % 5) + "x" * (i % 700) for i in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    whole = data.load_documents(tmp_path / "a.txt")
+    assert "\n\n".join(whole) == text
+    monkeypatch.setattr(corpus, "_CHUNK_CHARACTERS", 3)
+    assert data.load_documents(tmp_path / "a.txt") == whole
+
+
+def test_a_large_file_is_read_as_far_as_asked(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)) + "{broken\n")
+    assert data.load_documents(path, limit=50)[-1] == "text 49"
+    assert list(islice(data.iterate_documents(path), 3)) == ["text 0", "text 1", "text 2"]
+    with pytest.raises(ValueError, match="line 51: not JSON"):
+        data.load_documents(path)
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        data.load_documents(path, limit=0)
+
+
+def test_directories_and_several_sources(tmp_path) -> None:
+    for name, text in (("b.txt", "second"), ("a.md", "first"), ("deep/c.jsonl", '{"text": "third"}'), ("d.png", "no")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert data.load_documents(tmp_path) == ["first", "second", "third"]
+    assert data.load_documents([tmp_path / "b.txt", str(tmp_path / "a.md")]) == ["second", "first"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no .txt"):
+        data.load_documents(tmp_path / "empty")
+
+
+class Chat:
+    """Renders turns as `<role>content</role>`, and a line break that no model would write."""
+
+    chat_template: str | None = "there is one"
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        return "".join(f"<{m['role']}>{m['content']}</{m['role']}>" for m in messages) + "\n"
+
+
+def test_conversations_are_rendered(tmp_path) -> None:
+    path = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, shared)))
+    assert (
+        data.load_documents(path, field="messages", tokenizer=Chat())
+        == ["<user>Hi</user><assistant>Hello.</assistant>"] * 2
+    )
+    with pytest.raises(ValueError, match="line 1: 'messages' holds conversations: pass the tokenizer"):
+        data.load_documents(path, field="messages")
+    base = Chat()
+    base.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        data.load_documents(path, field="messages", tokenizer=base)
+    with pytest.raises(ValueError, match="no text under 'text'; the row has 'messages': name the field"):
+        data.load_documents(path, tokenizer=Chat())
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": None}]}))
+    with pytest.raises(ValueError, match="a turn needs texts under 'role' and 'content'"):
+        data.load_documents(path, field="messages", tokenizer=Chat())
+
+
+def test_instructions_are_rendered(tmp_path) -> None:
+    path = tmp_path / "alpaca.jsonl"
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Greet.", "input": "", "output": "Hello."},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = data.load_documents(path, template="alpaca")
+    assert first.endswith("request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3")
+    assert "paired with an input" in first
+    assert second.endswith("request.\n\n### Instruction:\nGreet.\n\n### Response:\nHello.")
+    assert "paired with an input" not in second
+    assert data.load_documents(path, template="chat", tokenizer=Chat()) == [
+        "<user>Add.\n\n1 2</user><assistant>3</assistant>",
+        "<user>Greet.</user><assistant>Hello.</assistant>",
+    ]
+    with pytest.raises(ValueError, match="pass template='alpaca' or 'chat'"):
+        data.load_documents(path)
+    with pytest.raises(ValueError, match="template must be one of alpaca, chat, got 'dolly'"):
+        data.load_documents(path, template="dolly")
+    with pytest.raises(ValueError, match="pass the tokenizer"):
+        data.load_documents(path, template="chat")
+    path.write_text(json.dumps({"instruction": "Add."}))
+    with pytest.raises(ValueError, match="line 1: no text under 'output'"):
+        data.load_documents(path, template="alpaca")
+
+
+def test_hub_rows_split_and_limit(monkeypatch) -> None:
+    calls = []
+
+    def load_dataset(name, configuration, *, split, streaming):
+        calls.append((configuration, split))
+        return iter([{"instruction": f"Do {i}.", "output": f"Done {i}."} for i in range(50)])
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    documents = data.load_documents("owner/tasks", template="alpaca", split="validation", limit=7)
+    assert calls == [(None, "validation")]
+    assert len(documents) == 7
+    assert documents[6].endswith("Done 6.")
+    with pytest.raises(ValueError, match="data set 'owner/tasks', row 0: no text under 'text'"):
+        data.load_documents("owner/tasks")

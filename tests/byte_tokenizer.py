@@ -1,0 +1,23 @@
+"""A tokenizer of bytes, and a model of its size: real text without a download."""
+
+from __future__ import annotations
+
+from builders import build_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+WORDS = "the quick brown fox jumps over a lazy dog and then café walks home under every star in sight "
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and `</s>`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"</s>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="</s>")
+
+
+def byte_llama(seed: int = 0) -> PreTrainedModel:
+    """A random softmax model for the tokens of `byte_tokenizer`."""
+    return build_llama(seed, vocab_size=257, num_hidden_layers=2, bos_token_id=0, eos_token_id=0)
