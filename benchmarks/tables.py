@@ -122,13 +122,42 @@ def train_gpu_table() -> str:
     return table([title, "length", "tokens/s", "peak GiB"], rows)
 
 
+def quality_table() -> str:
+    """Perplexity by form of attention before and after distillation, and recall after it."""
+    results = load("quality-gpu")
+
+    def cells(found: dict[str, Any]) -> list[str]:
+        return [f"{found['perplexity']['full'][str(n)]['ppl']:.2f}" for n in results["lengths"]]
+
+    def recall(found: dict[str, Any]) -> list[str]:
+        if "passkey" not in found:
+            return ["", ""]
+        far = [x["accuracy"] for x in found["passkey"] if x["context"] == 2048]
+        near = [x["accuracy"] for x in found["copies"] if x["distance"] == 100]
+        return [f"{sum(far) / len(far):.2f}", f"{near[0]:.2f}"]
+
+    teacher = results["teacher"]
+    rows = [["SmolLM2-135M itself (softmax)", "", "", *cells(teacher), *recall(teacher)]]
+    for name, runs in results["runs"].items():
+        for run in (run for run in runs if "trained" in run):
+            state = f"{run['trained']['state']['kv_tokens']:.0f}"
+            rows.append([name, state, *cells(run["zero_shot"])[:1], *cells(run["trained"]), *recall(run["trained"])])
+    header = ["WikiText-2 perplexity", "state, tokens of cache", "untrained, 1k"]
+    return table([*header, *(f"trained, {length(n)}" for n in results["lengths"]), "pass key, 2k", "copy, 100"], rows)
+
+
 BLOCKS = {"demo": demo_table, "attention": attention_table, "decode": decode_table}
 PICTURES: dict[str, Any] = {
     "attention-gpu": benchmark_gpu,
     "decode-gpu": benchmark_decode,
     "train-gpu": benchmark_train,
 }
-GPU_BLOCKS = {"attention-gpu": attention_gpu_table, "decode-gpu": decode_gpu_table, "train-gpu": train_gpu_table}
+GPU_BLOCKS = {
+    "attention-gpu": attention_gpu_table,
+    "decode-gpu": decode_gpu_table,
+    "train-gpu": train_gpu_table,
+    "quality-gpu": quality_table,
+}
 
 
 def render(text: str) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .modeling.attention import SRFAttention, exact_attention
+from .modeling.features import SRFFeatures
 from .modeling.random_features import single_thread
 from .theory import log_variance, optimal_stretch
 
@@ -260,6 +261,10 @@ def calibrate(
     layers = {module.attn_fn.layer: module for module in model.modules() if isinstance(module, SRFAttention)}
     if not layers:
         raise ValueError("the model has no retrofitted layer to calibrate: call retrofit(model) first")
+    features = {index: layer.attn_fn for index, layer in layers.items() if isinstance(layer.attn_fn, SRFFeatures)}
+    if len(features) < len(layers):
+        kind = next(layer.srf_config.feature_map for i, layer in layers.items() if i not in features)
+        raise ValueError(f"calibration fits the geometry of random features, this model's are {kind!r}: train them")
     if geometry not in GEOMETRIES:
         raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}, got {geometry!r}")
     if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
@@ -290,11 +295,11 @@ def calibrate(
         for out, choice in ((before, plain), (after, fitted[index])):
             lambdas = second_moments(moments, choice, scalings[index]).tolist()
             out[index] = [log_variance(x, a) for x, a in zip(lambdas, choice.proposal.tolist(), strict=True)]
-    for index, layer in layers.items():
+    for index in layers:
         values = fitted[index]._asdict()
         # Parts that this level leaves out are not given, so that they become the exact identity.
         given = {"shift": 2, "preconditioner": 4, "proposal": 5}.get(geometry, 0)
-        layer.attn_fn.set_geometry(**{name: values[name] for name in Geometry._fields[:given]})
+        features[index].set_geometry(**{name: values[name] for name in Geometry._fields[:given]})
     return CalibrationReport(geometry, tokens, time.perf_counter() - start, before, after)
 
 

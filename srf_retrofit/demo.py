@@ -32,6 +32,7 @@ from .modeling.configuration import SRFConfig
 from .pretrained import SMOLLM2, load_model
 from .report import write_report
 from .surgery import plan_retrofit, retrofit
+from .tail_gain import calibrate_gain
 
 PROMPTS = (
     "What is a list in Python?",
@@ -64,7 +65,8 @@ class DemoSettings:
     """What the demonstration does; lengths in tokens.
 
     `steps` optimizer steps of `batch_size` blocks of `length` tokens, at `learning_rate` with linear warm-up and
-    cosine decay. `resample` says when features are drawn anew, see `ResampleSchedule`.
+    cosine decay. `resample` says when features are drawn anew, see `ResampleSchedule`; `weigh_tokens` calibration
+    tokens decide how loud each head's features are, see `tail_gain`, and 0 leaves them as they are.
     """
 
     model: str = SMOLLM2
@@ -74,6 +76,7 @@ class DemoSettings:
     overwrite: bool = False
     geometry: str = DEFAULT_GEOMETRY
     calibration_tokens: int = 4096
+    weigh_tokens: int = 1024
     steps: int = 40
     batch_size: int = 1
     length: int = 512
@@ -84,11 +87,11 @@ class DemoSettings:
     decode_contexts: tuple[int, ...] = (256, 1024, 4096)
     new_tokens: int = 48
     seed: int = 0
-    srf: SRFConfig = field(default_factory=SRFConfig)
+    srf: SRFConfig = field(default_factory=lambda: SRFConfig(num_features=16, retained=120, state_dtype="bfloat16"))
 
     def __post_init__(self) -> None:
         least = {"calibration_tokens": 1, "steps": 1, "batch_size": 1, "length": 2, "eval_tokens": 2}
-        for name, bound in {**least, "error_tokens": 2, "new_tokens": 1, "seed": 0}.items():
+        for name, bound in {**least, "error_tokens": 2, "new_tokens": 1, "seed": 0, "weigh_tokens": 0}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -153,6 +156,9 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         retrofit(student, settings.srf)
         report = calibrate(student, calibration.batches(1), geometry=settings.geometry, max_tokens=None)
         stage.say(str(report))
+        if settings.weigh_tokens and settings.srf.feature_map == "random" and settings.srf.num_features:
+            few = calibration.first(max(1, settings.weigh_tokens // settings.length))
+            stage.say(str(calibrate_gain(student, few.batches(1))))
     with stage("judge_before"):
         results["perplexity"] = {"teacher": judge(teacher, held_out, ("full",), quiet)}
         results["perplexity"]["zero_shot"] = judge(student, held_out, JUDGED, quiet)

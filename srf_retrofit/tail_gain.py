@@ -98,16 +98,16 @@ def calibrate_gain(model: nn.Module, batches: Any, *, gains: Sequence[float] = G
     ValueError
         When no layer has random features, or there is nothing to look at. Nothing is changed then.
     """
-    layers = [
-        layer
-        for layer in srf_attentions(model)
-        if isinstance(layer.attn_fn, SRFFeatures) and layer.srf_config.num_features
-    ]
+    layers, features = [], []
+    for layer in srf_attentions(model):
+        if isinstance(layer.attn_fn, SRFFeatures) and layer.srf_config.num_features:
+            layers.append(layer)
+            features.append(layer.attn_fn)
     if not layers:
         raise ValueError("the model has no layer with random features to weigh: call retrofit(model) first")
     if not gains:
         raise ValueError("gains is empty: give candidates, 0.0 among them")
-    before = [layer.attn_fn.log_weight.detach().clone() for layer in layers]
+    before = [mine.log_weight.detach().clone() for mine in features]
     errors = [_HeadErrors(gains) for _ in layers]
     handles = []
     training = [module for module in model.modules() if module.training]
@@ -116,8 +116,8 @@ def calibrate_gain(model: nn.Module, batches: Any, *, gains: Sequence[float] = G
     model.eval()
     count = 0
     try:
-        for layer, error in zip(layers, errors, strict=True):
-            layer.attn_fn.set_log_weight(None)  # type: ignore[operator]
+        for layer, mine, error in zip(layers, features, errors, strict=True):
+            mine.set_log_weight(None)
             handles.append(layer.register_forward_pre_hook(error, with_kwargs=True))
         with exact_attention(model):
             for batch in tqdm(batches, desc="weigh the features", unit="batch", delay=2, leave=False):
@@ -127,18 +127,18 @@ def calibrate_gain(model: nn.Module, batches: Any, *, gains: Sequence[float] = G
     finally:
         for handle in handles:
             handle.remove()
-        for layer, old in zip(layers, before, strict=True):
-            layer.attn_fn.set_log_weight(old)  # type: ignore[operator]
+        for mine, old in zip(features, before, strict=True):
+            mine.set_log_weight(old)
         for module in training:
             module.training = True
     if not count:
         raise ValueError("there was no batch to weigh the features on: give a few thousand tokens")
     report: dict[int, list[float]] = {}
     first, last = [], []
-    for layer, error in zip(layers, errors, strict=True):
+    for layer, mine, error in zip(layers, features, errors, strict=True):
         best = error.wrong.argmin(0)  # (G,)
         chosen = torch.tensor(gains, dtype=torch.float32)[best]
-        layer.attn_fn.set_log_weight(chosen.unsqueeze(-1))  # type: ignore[operator]
+        mine.set_log_weight(chosen.unsqueeze(-1))
         report[layer.layer_idx] = chosen.tolist()
         relative = (error.wrong / error.whole).sqrt()
         first += relative[list(gains).index(0.0)].tolist() if 0.0 in gains else relative[0].tolist()

@@ -154,3 +154,10 @@ def test_without_features_nothing_is_known_of_what_left() -> None:
         layer.ablation = "no_tail"
     torch.testing.assert_close(without(ids).logits, with_tail(ids).logits, atol=1e-5, rtol=0)
     assert plan_retrofit(build(), EXACT_ONLY).state_bytes < plan_retrofit(build(), CONFIG).state_bytes
+
+
+def test_calibration_is_for_random_features_alone(ids: torch.Tensor) -> None:
+    model = build()
+    retrofit(model, HEDGEHOG)
+    with pytest.raises(ValueError, match="fits the geometry of random features, this model's are 'hedgehog'"):
+        calibrate(model, [ids])

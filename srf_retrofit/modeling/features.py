@@ -144,7 +144,7 @@ class SRFFeatures(nn.Module):
             and versions == kept[1]
             and all(new is old for new, old in zip(buffers, kept[0], strict=True))
             # Folds made under inference_mode cannot be saved for a backward pass.
-            and (torch.is_inference_mode_enabled() or not kept[3].key.bias.is_inference())
+            and (torch.is_inference_mode_enabled() or not kept[3].key.weight.is_inference())
         ):
             return kept[2:]
         maps = self._without_identities()

@@ -174,7 +174,7 @@ class SRFModelMixin(SRFPreTrainedMixin):
         if not self.training:  # type: ignore[attr-defined]
             return
         for layer in live:
-            if layer.attn_fn.redraw_on_call:
+            if isinstance(layer.attn_fn, SRFFeatures) and layer.attn_fn.redraw_on_call:
                 if any(getattr(block, "gradient_checkpointing", False) for block in self.layers):  # type: ignore[attr-defined]
                     raise ValueError(
                         "redraw_on_call_(True) under gradient checkpointing could change features between a forward "
