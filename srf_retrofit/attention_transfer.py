@@ -71,7 +71,8 @@ class AttentionTransferTrainer(TeacherTrainer):
             raise ValueError(f"attention transfer takes whole rows, but the batch has {', '.join(packed)}: do not pack")
         student = self.accelerator.unwrap_model(model)
         with forward_replaced(student, partial(self._transfer, srf_attentions(student))):
-            loss = self._checked(model(**inputs))
+            loss = model(**inputs)
+        loss = self._checked(loss, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _transfer(self, layers: list[SRFAttention], **inputs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `srf-retrofit demo | retrofit | plan | eval | generate | bench`.
+"""The command line: `srf-retrofit demo | retrofit | plan | distill | synthesize | eval | generate | bench`.
 
 Every setting has a default, a recipe (`--config FILE.yaml`) overrides it, and an option overrides both. With `--json`
 standard output holds one JSON value and nothing else; progress goes to standard error.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from . import cli_bench, recipes
+from . import cli_bench, cli_distill, cli_eval, cli_synthesize, recipes
 from .modeling.configuration import SRFConfig
 
 # Mistakes of the user and of the machine; anything else is a fault of this package and keeps its traceback.
@@ -204,47 +204,7 @@ def plan(
         typer.echo(str(found))
 
 
-@app.command("eval")
-def evaluate(
-    model: Model = None,
-    teacher: Annotated[str | None, typer.Option(help="Model to measure the distance from.")] = None,
-    text: Text = None,
-    text_field: TextField = None,
-    length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens to judge on.", min=2)] = 8192,
-    batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 4,
-    everything: Annotated[bool, typer.Option("--all-text", help="Use all text, not its held-out part alone.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Perplexity of a model; of a retrofitted one also without its features, its exact keys, its retained keys."""
-    from . import evaluation
-    from .data import load_documents, pack, split_documents
-    from .modeling.attention import srf_attentions
-    from .pretrained import load_model
-
-    name = model or "smollm2"
-    loaded, tokenizer = load_model(name)
-    documents = load_documents(text, field=text_field or "text")
-    if not everything:
-        documents = split_documents(documents).held_out
-    blocks = pack(documents, tokenizer, length, limit=max(1, tokens // length))
-    results: dict[str, Any] = {"model": name, "length": length, "perplexity": {}}
-    for mode in evaluation.MODES if srf_attentions(loaded) else ("full",):
-        found = evaluation.perplexity(loaded, blocks, mode=mode, batch_size=batch_size, progress=True)
-        results["perplexity"][mode] = found.to_dict()
-    if teacher is not None:
-        theirs, _ = load_model(teacher)
-        results["distance"] = evaluation.distance(
-            theirs, loaded, blocks, batch_size=batch_size, progress=True
-        ).to_dict()
-    if as_json:
-        _print_json(results)
-        return
-    for mode, found_mode in results["perplexity"].items():
-        typer.echo(f"{mode:12} perplexity {found_mode['ppl']:10.3f}   ({found_mode['tokens']:,} tokens)")
-    if "distance" in results:
-        far = results["distance"]
-        typer.echo(f"{'to teacher':12} KL {far['kl']:.4f} nats/token, same next token {100 * far['agreement']:.1f} %")
+app.command("eval")(cli_eval.evaluate)
 
 
 @app.command()
@@ -276,6 +236,8 @@ def generate(
 
 
 app.command()(cli_bench.bench)
+app.command()(cli_synthesize.synthesize)
+app.command()(cli_distill.distill)
 
 
 # What a command's own frame holds that is not a setting.

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .attention_transfer import AttentionTransferTrainer
-from .callbacks import ResampleFeaturesCallback, ResampleSchedule
+from .callbacks import ResampleFeaturesCallback, ResampleSchedule, feature_modules
+from .guards import FiniteGradients
 from .teacher import TeacherTrainer, forward_replaced, training_only
 
 IGNORED = -100  # label of positions that take no part in a loss, as everywhere in Transformers
@@ -184,7 +185,7 @@ class DistillationTrainer(TeacherTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is that of all processes, whose gradients will be averaged.
             loss = loss * self.accelerator.num_processes
-        loss = self._checked(loss)
+        loss = self._checked(loss, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -237,9 +238,11 @@ def distill(
     steps: int,
     output_dir: str | Path,
     learning_rate: float = 5e-5,
+    feature_learning_rate: float | None = None,
     schedule: str | ResampleSchedule = "settle:0.5",
     objective: str = "logits",
     train: str = "all",
+    part_of: tuple[int, int] | None = None,
     batch_size: int = 2,
     gradient_accumulation_steps: int = 1,
     temperature: float = 1.0,
@@ -247,7 +250,7 @@ def distill(
     chunk_size: int = DEFAULT_CHUNK,
     bf16: bool | None = None,
     save_steps: int | None = None,
-    resume: bool = False,
+    resume: bool | str | Path = False,
     seed: int = 0,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
@@ -271,20 +274,24 @@ def distill(
         For checkpoints (`save_steps`), and to resume from.
     learning_rate : float
         At its peak. The default suits a thousand tokens a step; 3e-4 suits sixteen thousand.
+    feature_learning_rate : float, optional
+        Of trained or learned feature maps; by default that of everything else.
     schedule : str or ResampleSchedule
-        See `ResampleFeaturesCallback`.
+        See `ResampleFeaturesCallback`; means nothing to a model without random features.
     objective : {"logits", "attention"}
         `DistillationTrainer` or `AttentionTransferTrainer`.
-    train : {"all", "attention", "queries_keys", "as_is"}
+    train : {"all", "weights", "attention", "queries_keys", "features", "as_is"}
         See `training_only`.
+    part_of : (int, int), optional
+        See `TeacherTrainer`.
     batch_size : int
         Rows per device and forward.
     temperature, cross_entropy_weight, chunk_size
         See `DistillationTrainer`; not used by the attention objective.
     bf16 : bool, optional
         Autocast; by default where CUDA supports it.
-    resume : bool
-        Continue from the last checkpoint in `output_dir`.
+    resume : bool or path
+        Continue from the last checkpoint in `output_dir`, or from this one.
     data_collator, eval_dataset, **arguments
         The first two go to the trainer, the others to `TrainingArguments`, over the values chosen here.
 
@@ -299,7 +306,7 @@ def distill(
     ValueError
         For values out of range and for what the trainers refuse.
     FloatingPointError
-        At the first step whose loss is not finite.
+        At the first step whose loss or gradient is not finite.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
@@ -331,7 +338,10 @@ def distill(
     settings = TrainingArguments(**values)
     with training_only(model, train):
         common: dict[str, Any] = {"teacher": teacher, "train_dataset": dataset, **for_trainer}
-        common["callbacks"] = [ResampleFeaturesCallback(schedule), *callbacks]
+        drawn = [ResampleFeaturesCallback(schedule)] if feature_modules(model) else []
+        common["callbacks"] = [*drawn, FiniteGradients(), *callbacks]
+        common["part_of"] = part_of
+        common["feature_learning_rate"] = feature_learning_rate
         trainer: TeacherTrainer
         if objective == "attention":
             trainer = AttentionTransferTrainer(model, settings, **common)
@@ -347,7 +357,8 @@ def distill(
         if not progress:
             trainer.remove_callback(PrinterCallback)
         try:
-            result = trainer.train(resume_from_checkpoint=resume or None)
+            again = str(resume) if isinstance(resume, (str, Path)) else resume or None
+            result = trainer.train(resume_from_checkpoint=again)
         finally:
             # Mixed precision leaves a wrapper around `model.forward`, the last step its gradients.
             trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -18,7 +18,7 @@ from .scoring import evaluating
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INSTALL = "pip install 'lm-eval>=0.4.9'"
+INSTALL = "pip install 'lm-eval>=0.4.13'"
 
 
 def check_installed() -> None:

@@ -7,6 +7,7 @@ estimator does; `g = 0` leaves the head as it is and `-inf` goes without feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -22,7 +23,8 @@ from .modeling.features import SRFFeatures
 from .modeling.ops import srf_attention
 
 # Log-weights that are tried; the last silences a head.
-GAINS = (0.0, -0.35, -0.7, -1.4, -2.1, -2.8, -4.2, -20.0)
+GAINS = (0.0, -0.35, -0.7, -1.05, -1.4, -2.1, -2.8, -3.5, -4.2, -5.6, -20.0)
+_PROBE = 0.7
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,15 @@ class GainReport:
 
 
 class _HeadErrors:
-    """Squared errors of one layer's heads for every gain, on the queries, keys and values of the exact model."""
+    """Squared errors of one layer's heads for every gain, on the queries, keys and values of the exact model.
+
+    A query's output with gain `g` lies on the line from `o_E`, that of its exact keys alone, through `o`, that without
+    a gain: `o(g) = o_E + c (o - o_E)` with `c = e^g / (1 - p + e^g p)`, where `p` is the features' share of the
+    normaliser. A third output, at one other gain, shows the share; errors at all gains then follow from inner products.
+    """
 
     def __init__(self, gains: Sequence[float]) -> None:
-        self.gains = gains
+        self.factors = [math.exp(gain) for gain in gains]
         self.wrong: Any = 0.0  # (gains, G)
         self.whole: Any = 0.0  # (G,)
 
@@ -57,20 +64,33 @@ class _HeadErrors:
         exact = functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=layer.scaling, enable_gqa=q.shape[1] != groups
         ).float()
-        maps, config = layer.attn_fn.folded(), layer.srf_config
+        maps: Any = layer.attn_fn.folded()
+        quieter = maps._replace(query=maps.query._replace(bias=maps.query.bias - _PROBE))
+
+        def attend(maps: Any, ablation: str | None = None) -> torch.Tensor:
+            o, _ = srf_attention(q, k, v, maps, layer.srf_config, scaling=layer.scaling, ablation=ablation)
+            return o.float()
+
+        alone = attend(maps, "no_tail")
+        pull = attend(maps) - alone
+        length = pull.square().sum(-1)
+        slope = ((attend(quieter) - alone) * pull).sum(-1) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        factor = math.exp(-_PROBE)
+        # Where the features change nothing the slope means nothing, and neither does the share.
+        share = ((factor / slope.clamp_min(factor) - 1) / (factor - 1)).clamp(0, 1)
+        missing = alone - exact
+        still, along = missing.square().sum(-1), (missing * pull).sum(-1)
         rows = []
-        for gain in self.gains:
-            query: Any = maps.query
-            shifted = maps._replace(query=query._replace(bias=query.bias + gain))
-            ours, _ = srf_attention(q, k, v, shifted, config, scaling=layer.scaling)
-            rows.append(_per_group(ours.float() - exact, groups))
+        for factor in self.factors:
+            step = factor / (1 - share + factor * share)
+            rows.append(_per_group(still + 2 * step * along + step.square() * length, groups))
         self.wrong = self.wrong + torch.stack(rows)
-        self.whole = self.whole + _per_group(exact, groups)
+        self.whole = self.whole + _per_group(exact.square().sum(-1), groups)
 
 
 def _per_group(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Sum of squares of (B, H, L, D) per key/value head, (G,) float64 on the CPU."""
-    return x.square().sum((0, 2, 3)).double().view(groups, -1).sum(-1).cpu()
+    """Sum of (B, H, L) per key/value head, (G,) float64 on the CPU."""
+    return x.sum((0, 2)).double().view(groups, -1).sum(-1).cpu()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from .guards import divergence_message, first_not_finite
 from .modeling.attention import srf_attentions
 
-PARTS = ("all", "attention", "queries_keys", "as_is")
+PARTS = ("all", "weights", "attention", "queries_keys", "features", "as_is")
 
 
 def frozen_copy(model: nn.Module) -> PreTrainedModel:
@@ -73,6 +75,11 @@ class TeacherTrainer(Trainer):
     args : TrainingArguments, optional
     teacher : PreTrainedModel, optional
         Put on the student's device and into evaluation mode. By default `frozen_copy(model)`.
+    feature_learning_rate : float, optional
+        Peak learning rate of the parameters of feature maps (`LearnedMaps`); by default `args.learning_rate`.
+    part_of : (int, int), optional
+        `(first, total)`: this training is the part from optimizer step `first` of a longer one of `total` steps, whose
+        cosine decay it follows, after a warm-up of its own. By default it is the whole.
     **kwargs
         Passed to `Trainer`.
 
@@ -89,8 +96,14 @@ class TeacherTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         teacher: PreTrainedModel | None = None,
+        feature_learning_rate: float | None = None,
+        part_of: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.part_of = part_of
+        if feature_learning_rate is not None and not feature_learning_rate > 0:
+            raise ValueError(f"feature_learning_rate must be > 0, got {feature_learning_rate}")
+        self.feature_learning_rate = feature_learning_rate
         if model is None:
             raise ValueError(f"{type(self).__name__} needs the student as `model`; `model_init` is not supported")
         if kwargs.get("compute_metrics") is not None:
@@ -116,13 +129,54 @@ class TeacherTrainer(Trainer):
         """As in `Trainer`, the loss alone: there are no logits to return."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
-    def _checked(self, loss: torch.Tensor) -> torch.Tensor:
-        if not bool(torch.isfinite(loss.detach())):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps}: stopped "
-                "before it reaches the weights; lower the learning rate, lengthen the warm-up, or train in float32"
-            )
-        return loss
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in `Trainer`, with the feature maps in a group of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.feature_learning_rate is not None:
+            assert self.model is not None
+            maps = {id(p) for layer in srf_attentions(self.model) for p in layer.attn_fn.parameters()}
+            for group in list(optimizer.param_groups):
+                mine = [p for p in group["params"] if id(p) in maps]
+                if mine:
+                    group["params"] = [p for p in group["params"] if id(p) not in maps]
+                    rest = {k: v for k, v in group.items() if k != "params"}
+                    optimizer.add_param_group({**rest, "params": mine, "lr": self.feature_learning_rate})
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As in `Trainer`, unless this training is a part of a longer one."""
+        if self.part_of is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        first, total = self.part_of
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            # The moments of the optimizer begin anew with every part, and need a warm-up each.
+            rise = min(1.0, step / warmup) if warmup else 1.0
+            start = 0 if first else warmup
+            done = (first + step - start) / max(1, total - start)
+            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+
+        optimizer = self.optimizer if optimizer is None else optimizer
+        assert optimizer is not None
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _checked(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """The loss, if it is finite; `inputs` are those of the forward that it comes from."""
+        if bool(torch.isfinite(loss.detach())):
+            return loss
+        assert self.model is not None
+        inputs = {**inputs, "logits_to_keep": 1}  # the head's weights show at one position, too
+        with self.accelerator.autocast():
+            student = first_not_finite(self.accelerator.unwrap_model(self.model), inputs)
+            teacher = None if student is not None else first_not_finite(self.teacher, inputs)
+        what = f"the loss is {loss.item()}"
+        raise FloatingPointError(divergence_message(what, self.state, self.args, student, teacher))
 
 
 def check_pair(teacher: nn.Module, student: nn.Module) -> None:
@@ -164,9 +218,10 @@ def training_only(model: nn.Module, part: str) -> Iterator[None]:
     Parameters
     ----------
     model : nn.Module
-    part : {"all", "attention", "queries_keys", "as_is"}
-        Every parameter; those of the retrofitted attention layers; only their query and key projections; or those
-        that have `requires_grad` already (PEFT).
+    part : {"all", "weights", "attention", "queries_keys", "features", "as_is"}
+        Every parameter; every one but those of feature maps that are trained or learned; those of the retrofitted
+        attention layers; only their query and key projections; only their feature maps, where these are trained; or
+        those that have `requires_grad` already (PEFT).
 
     Raises
     ------
@@ -177,13 +232,16 @@ def training_only(model: nn.Module, part: str) -> Iterator[None]:
         raise ValueError(f"train must be one of {', '.join(PARTS)}, got {part!r}")
     before = [(p, p.requires_grad) for p in model.parameters()]
     layers = srf_attentions(model)
-    if part == "all":
-        chosen = {id(p) for p, _ in before}
+    maps = {id(p) for layer in layers for p in layer.attn_fn.parameters()}
+    if part in ("all", "weights"):
+        chosen = {id(p) for p, _ in before} - (maps if part == "weights" else set())
     elif part == "attention":
         chosen = {id(p) for layer in layers for p in layer.parameters()}
     elif part == "queries_keys":
         names = ("q_proj.", "k_proj.", "q_norm.", "k_norm.")
         chosen = {id(p) for layer in layers for n, p in layer.named_parameters() if n.startswith(names)}
+    elif part == "features":
+        chosen = maps
     else:
         chosen = {id(p) for p, trained in before if trained}
     if not chosen:

@@ -16,32 +16,47 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Bottom first. A module imports only from floors below its own, or from its own package's siblings below it.
 FLOORS = [
-    {"modeling", "files", "theory", "timing", "benchmark_plot"},
-    {"calibration", "callbacks", "data", "recipes", "roofline"},
+    {"modeling", "files", "theory", "timing", "benchmark_plot", "guards"},
+    {"templates", "token_blocks", "mixture", "text_filters"},
+    {"corpus"},
+    {"calibration", "callbacks", "data", "recipes", "roofline", "settling", "tail_gain", "run_directory"},
     {"pretrained", "surgery", "rivals"},
     {"teacher", "testing"},
+    {"scoring", "recall_data"},
     {"attention_transfer", "evaluation"},
     {"distillation"},
+    {"choices", "long_text", "recall", "tail_share"},
+    {"evaluation_settings", "harness"},
+    {"evaluation_parts", "distill_settings"},
+    {"evaluation_suite", "distill_data"},
+    {"sampling"},
+    {"synthesis"},
     {"measurement", "report"},
-    {"gates"},
-    {"decode_sides"},
+    {"evaluation_plot"},
+    {"evaluation_report"},
+    {"gates", "stages", "distill_report"},
+    {"decode_sides", "pipeline"},
     {"decode_models"},
     {"benchmark", "benchmark_gpu", "benchmark_decode", "benchmark_train"},
     {"demo", "cli_bench"},
+    {"cli_distill", "cli_eval", "cli_synthesize"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 MODELING_FLOORS = [
-    {"configuration", "saving"},
-    {"configuration_hf", "random_features", "feature_map", "state", "softmax_parts", "triton_common"},
-    {"feature_sums", "block_tables", "triton_pure", "triton_retain", "triton_sums", "triton_decode_fold"},
+    {"configuration", "saving", "feature_sums"},
+    {"configuration_hf", "random_features", "feature_map", "state", "softmax_parts"}
+    | {"triton_common", "triton_launch"},
+    {"retention", "block_tables", "triton_pure", "triton_retain", "triton_sums", "triton_decode_fold"},
     {"feature_attention", "fused_call", "triton_attend", "triton_decode_kernel"},
     {"chunked", "triton_attend_backward", "triton_decode"},
-    {"recurrent", "bidirectional", "fused"},
-    {"layout", "fused_attention"},
+    {"recurrent", "bidirectional", "fused_forward"},
+    {"layout", "fused_backward"},
+    {"fused"},
+    {"fused_attention"},
     {"ops"},
     {"features", "standalone"},
-    {"cache"},
+    {"cache", "learned_maps"},
     {"attention", "packing"},
     {"generation"},
     {"modeling"},
@@ -156,10 +171,13 @@ def test_command_line_surface() -> None:
         name: {opt for p in command.params for opt in p.opts if opt.startswith("--")}
         for name, command in commands.items()
     }
-    assert set(surface) == {"demo", "retrofit", "plan", "eval", "generate", "bench"}
+    assert set(surface) == {"demo", "retrofit", "plan", "eval", "generate", "bench", "synthesize", "distill"}
     for name, options in surface.items():
         assert "--json" in options, f"{name} cannot be read by a program"
     assert {"--num-features", "--window", "--sinks", "--retained", "--projection", "--layers", "--config"} <= surface[
         "retrofit"
     ]
     assert {"--output", "--text", "--steps", "--config"} <= surface["demo"]
+    assert {"--model", "--output", "--tokens", "--learning-rate", "--resume", "--overwrite", "--bf16"} <= surface[
+        "distill"
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from srf_retrofit import benchmark, cli, demo, recipes
@@ -118,6 +118,40 @@ def test_eval(retrofitted, llama, text) -> None:
     assert "perplexity" in run("eval", "--model", llama, *arguments[:-1]).stdout
 
 
+def test_eval_parts_beside_the_teacher(retrofitted, llama, text, tmp_path) -> None:
+    recipe, task, out = tmp_path / "eval.yaml", tmp_path / "pick.jsonl", tmp_path / "out"
+    recipe.write_text("parts: [lengths]\npairs: [4]\ngaps: [0]\ndepths: [0.5]\ntrials: 1\nmodes: [full]\n")
+    task.write_text(json.dumps({"context": "w1 w2", "choices": [" w3", " w4"], "gold": 1}) + "\n")
+    arguments = ["--config", recipe, "--text", text, "--length", 64, "--lengths", "32,64", "--tasks", task]
+    small = ["--recall", "--distances", "40", "--contexts", "96", "--trials", 2, "--device", "cpu"]
+    result = run("eval", "--model", retrofitted, "--teacher", "exact", *arguments, *small, "--output", out, "--json")
+    found = json.loads(result.stdout)
+    assert {"lengths", "copy", "mqar", "passkey", "tasks", "teacher"} <= set(found)
+    assert not {"perplexity", "head_error"} & set(found)
+    assert list(found["lengths"]["full"]) == ["32", "64"]
+    assert found["copy"]["full"][0]["rows"] == 2  # the option, not the recipe
+    assert sorted(p.name for p in out.iterdir()) == ["report.md", "report.png", "results.json"]
+    assert json.loads((out / "results.json").read_text()) == found
+    without = run("eval", "--model", llama, *arguments, "--no-recall", "--device", "cpu").stdout
+    assert "perplexity at 64" in without
+    assert "pick acc" in without
+    assert "copy" not in without
+
+
+def test_all_text_is_one_text(llama, text) -> None:
+    """Nothing stands between the sections of a file: every token of it but the first is predicted."""
+    words = len(text.read_text().split())
+    arguments = ["--model", llama, "--text", text, "--all-text", "--length", 600, "--tokens", words, "--json"]
+    found = json.loads(run("eval", *arguments).stdout)
+    assert found["perplexity"]["full"]["tokens"] == words // 600 * 599
+    first = AutoTokenizer.from_pretrained(llama)(text.read_text())["input_ids"][:600]
+    ids = torch.tensor([first])
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(llama)(ids, labels=ids).loss
+    one = json.loads(run("eval", *arguments[:-3], "--tokens", 600, "--json").stdout)
+    assert one["perplexity"]["full"]["nll"] == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_generate(retrofitted) -> None:
     arguments = ["generate", "w1 w2 w3", "--model", retrofitted, "--new-tokens", 5, "--json"]
     first, second = (json.loads(run(*arguments).stdout) for _ in range(2))
@@ -160,6 +194,9 @@ def test_errors_are_one_line(tmp_path, llama, text) -> None:
     assert "no such recipe" in error("plan", "--config", tmp_path / "none.yaml")
     assert "no such text file" in error("eval", "--model", llama, "--text", tmp_path / "none.txt")
     assert "fill one block" in error("eval", "--model", llama, "--text", text, "--length", 10**6)
+    assert "no such task file" in error("eval", "--model", llama, "--tasks", "none.jsonl")
+    assert "parts must be among" in error("eval", "--model", llama, "--parts", "speed")
+    assert "dtype must be one of" in error("eval", "--model", llama, "--dtype", "int8")
 
 
 def test_debug_keeps_the_traceback(tmp_path) -> None:
@@ -173,12 +210,12 @@ def test_parse_layers() -> None:
         cli.parse_layers("5-3")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_recipes_resolve(path) -> None:
-    kind = demo.DemoSettings if path.stem in ("demo", "quick") else cli.RetrofitSettings
-    assert recipes.resolve(kind, recipes.read_recipe(path)).srf
+@pytest.mark.parametrize("name", ["demo", "quick", "large_window"])  # the others: test_cli_distill
+def test_recipes_resolve(name) -> None:
+    kind = cli.RetrofitSettings if name == "large_window" else demo.DemoSettings
+    assert recipes.resolve(kind, recipes.read_recipe(CONFIGS / f"{name}.yaml")).srf
 
 
 def test_demo_recipe_states_the_defaults() -> None:
     assert recipes.resolve(demo.DemoSettings, recipes.read_recipe(CONFIGS / "demo.yaml")) == demo.DemoSettings()
-    assert demo.DemoSettings().srf == SRFConfig(num_features=64, window=32, sinks=4, retained=64)
+    assert demo.DemoSettings().srf == SRFConfig(num_features=16, retained=120, state_dtype="bfloat16")

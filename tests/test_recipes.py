@@ -30,6 +30,40 @@ def test_precedence(tmp_path) -> None:
     assert recipes.resolve(Job, recipes.to_dict(job)) == job
 
 
+@dataclass(frozen=True)
+class Part:
+    size: int = 3
+    kind: str = "plain"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be >= 1, got {self.size}")
+
+
+@dataclass(frozen=True)
+class Whole:
+    text: str | tuple[str, ...] | None = None
+    share: float | None = None
+    part: Part = field(default_factory=lambda: Part(size=5))
+
+
+def test_nested_settings_and_unions() -> None:
+    whole = recipes.resolve(Whole, {"text": ["a", "b"], "share": 1, "part": {"kind": "fine"}})
+    assert whole == Whole(text=("a", "b"), share=1.0, part=Part(5, "fine"))
+    assert recipes.resolve(Whole, {"text": "a", "part": None}) == Whole(text="a")
+    assert recipes.to_dict(whole) == {"text": ["a", "b"], "share": 1.0, "part": {"size": 5, "kind": "fine"}}
+    assert recipes.resolve(Whole, recipes.to_dict(whole)) == whole
+    for recipe, message in (
+        ({"text": 3}, "text must be str or a list, got 3"),
+        ({"part": 3}, "part must be a mapping, got int"),
+        ({"part": {"sise": 3}}, "part: unknown setting.*sise"),
+        ({"part": {"size": 0}}, "part: size must be >= 1"),
+        ({"share": "half"}, "share must be float, got 'half'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipes.resolve(Whole, recipe)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

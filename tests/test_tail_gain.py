@@ -10,7 +10,8 @@ from srf_retrofit import SRFConfig, calibrate, retrofit
 from srf_retrofit.data import TokenBlocks
 from srf_retrofit.evaluation import head_errors
 from srf_retrofit.modeling.attention import srf_attentions
-from srf_retrofit.tail_gain import GAINS, calibrate_gain
+from srf_retrofit.modeling.ops import srf_attention
+from srf_retrofit.tail_gain import GAINS, _HeadErrors, calibrate_gain
 
 
 @pytest.fixture
@@ -42,6 +43,22 @@ def test_the_chosen_gains_are_the_best_for_every_head(model, blocks) -> None:
             assert not any((other[index, head] < 0.999 * mine).all() for other in errors.values())
     assert report.after <= report.before
     assert "log-weights of 6 heads" in str(report)
+
+
+def test_the_closed_form_is_the_error_at_every_gain(model) -> None:
+    layer = srf_attentions(model)[1]
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, n, 90, 16, generator=generator) for n in (4, 2, 2))
+    layer._project = lambda *_: (q, k, v)
+    errors = _HeadErrors(GAINS)
+    with torch.no_grad():
+        errors(layer, (None,), {"position_embeddings": None})
+        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        for gain, found in zip(GAINS, errors.wrong, strict=True):
+            layer.attn_fn.set_log_weight(torch.tensor(gain))
+            o, _ = srf_attention(q, k, v, layer.attn_fn.folded(), CONFIG)
+            right = (o - exact).square().double().sum((0, 2, 3)).view(2, 2).sum(-1)
+            torch.testing.assert_close(found, right, rtol=1e-3, atol=0)
 
 
 def test_the_gains_are_written_and_the_model_is_as_it_was(model, blocks) -> None:
