@@ -169,7 +169,7 @@ def test_any_shape(num_features, head_dim, num_heads, projection, seed, dtype) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_features": 0}, "num_features must be an integer >= 1, got 0"),
+        ({"num_features": -1}, "num_features must be an integer >= 0, got -1"),
         ({"head_dim": -1}, "head_dim must be an integer >= 1, got -1"),
         ({"num_heads": 2.0}, "num_heads must be an integer >= 1, got 2.0"),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),

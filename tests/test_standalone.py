@@ -249,7 +249,8 @@ def test_projection_keeps_its_precision(dtype: torch.dtype) -> None:
     [
         ({"scale": True}, "scale=True .* biased"),
         ({"normalize": True}, "normalize=True .* biased"),
-        ({"n_features": 0}, "num_features must be >= 1, got 0"),
+        ({"n_features": -1}, "num_features must be >= 0, got -1"),
+        ({"n_features": 0}, "leaves nothing to attend to"),
         ({"d": 0, "n_features": 4}, "head_dim must be an integer >= 1, got 0"),
         ({"num_heads": 0}, "num_heads must be an integer >= 1, got 0"),
         ({"seed": -1}, "seed must be an integer"),
