@@ -198,6 +198,9 @@ def main() -> None:
             if args.output:
                 write_json(Path(args.output), results)
     print(json.dumps(results))
+    failed = [name for name, found in results["runs"].items() if any("error" in run for run in found)]
+    if failed:
+        raise SystemExit(f"not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import importlib.metadata
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -33,6 +31,7 @@ from .pretrained import SMOLLM2, load_model
 from .report import write_report
 from .surgery import plan_retrofit, retrofit
 from .tail_gain import calibrate_gain
+from .timing import versions
 
 PROMPTS = (
     "What is a list in Python?",
@@ -40,6 +39,7 @@ PROMPTS = (
 )
 # The whole model, window and other exact keys without the features, and the features alone.
 JUDGED = ("full", "no_tail", "tail_only")
+_PACKAGES = ("srf-retrofit", "torch", "transformers", "accelerate")
 LENGTHS = tuple(2**n for n in range(7, 16))
 
 # What the fresh process runs: nothing but the import and the load that any user would write.
@@ -148,7 +148,7 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
             "text": settings.text or "the Python language reference",
             "train_tokens": settings.steps * settings.batch_size * settings.length,
         },
-        "versions": versions(),
+        "versions": {**versions(_PACKAGES), "threads": str(torch.get_num_threads())},
     }
     with stage("calibrate_and_retrofit"):
         results["memory"] = memory(teacher, settings.srf)
@@ -329,18 +329,6 @@ def reload(model: PreTrainedModel, directory: Path, input_ids: torch.Tensor) -> 
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"the saved model could not be loaded in a fresh process: {last}")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def versions() -> dict[str, str]:
-    """Versions and machine, for the report."""
-    names = ("srf-retrofit", "torch", "transformers", "accelerate")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return {**found, "python": platform.python_version(), "threads": str(torch.get_num_threads())}
 
 
 def peak_memory() -> int:

@@ -25,8 +25,8 @@ from .attention_transfer import AttentionTransferTrainer
 from .callbacks import ResampleFeaturesCallback, ResampleSchedule, feature_modules
 from .guards import FiniteGradients
 from .teacher import TeacherTrainer, forward_replaced, training_only
+from .token_blocks import IGNORED
 
-IGNORED = -100  # label of positions that take no part in a loss, as everywhere in Transformers
 DEFAULT_CHUNK = 1024
 
 Head = Callable[[torch.Tensor], torch.Tensor]

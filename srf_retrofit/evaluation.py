@@ -26,19 +26,17 @@ from .modeling.ops import ABLATIONS, srf_attention
 from .scoring import evaluating, score_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 __all__ = [
     "MODES",
     "Distance",
     "Perplexity",
     "ablation",
-    "copy_recall",
     "decode_times",
     "distance",
     "evaluating",
     "head_errors",
-    "passkey_recall",
     "perplexity",
 ]
 
@@ -230,69 +228,6 @@ def head_errors(model: PreTrainedModel, blocks: TokenBlocks, *, progress: bool =
         for handle in handles:
             handle.remove()
     return [(wrong[id(layer)] / whole[id(layer)]).sqrt().tolist() for layer in layers]
-
-
-def copy_recall(model: PreTrainedModel, *, length: int = 128, trials: int = 4, seed: int = 0) -> float:
-    """Share of right next tokens while a random string of `length` tokens is repeated once.
-
-    Only a model that still finds the first copy can do this: it measures recall beyond the window.
-
-    Raises
-    ------
-    ValueError
-        For fewer than two tokens.
-    """
-    if length < 2 or trials < 1:
-        raise ValueError(f"copy_recall needs length >= 2 and trials >= 1, got {length=}, {trials=}")
-    generator = torch.Generator().manual_seed(seed)
-    once = torch.randint(model.config.vocab_size, (trials, length), generator=generator)
-    scored = torch.zeros(trials, 2 * length, dtype=torch.bool)
-    scored[:, length + 1 :] = True
-    with evaluating(model):
-        return float(score_tokens(model, torch.cat([once, once], dim=1), scored).right.float().mean())
-
-
-def passkey_recall(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    filler: TokenBlocks,
-    *,
-    context: int = 512,
-    trials: int = 5,
-    seed: int = 0,
-) -> float:
-    """Share of a pass key's tokens that the model names, the key told once somewhere in `context` tokens of prose.
-
-    Parameters
-    ----------
-    filler : TokenBlocks
-        Text to hide the key in; needs `trials * context` tokens.
-
-    Raises
-    ------
-    ValueError
-        When there is too little filler.
-    """
-    if filler.num_tokens < trials * context:
-        raise ValueError(f"{trials} trials of {context} tokens need {trials * context} tokens, got {filler.num_tokens}")
-    generator = torch.Generator().manual_seed(seed)
-    stream = filler.blocks.flatten().split(context)
-
-    def ids(text: str) -> torch.Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    right, asked = 0, 0
-    with evaluating(model):
-        for text in stream[:trials]:
-            key = "".join(str(int(n)) for n in torch.randint(10, (5,), generator=generator))
-            place = int(torch.randint(context // 8, context // 2, (), generator=generator))
-            told = ids(f"\n\nThe pass key is {key}. Remember it: {key} is the pass key.\n\n")
-            question, answer = ids("\n\nWhat is the pass key? The pass key is"), ids(f" {key}")
-            row = torch.cat([text[:place], told, text[place:], question, answer]).unsqueeze(0)
-            scored = torch.arange(row.shape[1]).unsqueeze(0) >= row.shape[1] - len(answer)
-            right += int(score_tokens(model, row, scored).right.sum())
-            asked += len(answer)
-    return right / asked
 
 
 def decode_times(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .report import MODES
+from .report import MODES, short_count
 
 _COLOURS = {
     "teacher": "#5b6770",
@@ -96,7 +96,7 @@ def _draw_positions(axis: Any, results: dict[str, Any]) -> None:
     _draw_perplexities(
         axis,
         [(name, label, [row["ppl"] for row in found[longest]["by_position"]]) for name, label, found in sides],
-        [f"{_short(r['start'])}-{_short(r['end'])}" for r in ranges],
+        [f"{short_count(r['start'])}-{short_count(r['end'])}" for r in ranges],
     )
     axis.set_xlabel(f"position in windows of {int(longest):,} tokens")
     axis.set_title("Perplexity by position, lower is better", loc="left", fontsize=11)
@@ -109,7 +109,7 @@ def _draw_lengths(axis: Any, results: dict[str, Any]) -> None:
     _draw_perplexities(
         axis,
         [(name, label, [found[n]["ppl"] for n in lengths]) for name, label, found in sides],
-        [_short(int(n)) for n in lengths],
+        [short_count(int(n)) for n in lengths],
     )
     axis.set_xlabel("length of the windows")
     axis.set_title("Perplexity by length", loc="left", fontsize=11)
@@ -211,7 +211,7 @@ def _draw_passkeys(axis: Any, results: dict[str, Any]) -> None:
             value = cells[depth, context]
             text = f"{100 * value:.0f}" + (f" ({100 * beside[depth, context]:.0f})" if beside else "")
             axis.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if value > 0.55 else "#333333")
-    axis.set_xticks(range(len(contexts)), [_short(c) for c in contexts])
+    axis.set_xticks(range(len(contexts)), [short_count(c) for c in contexts])
     axis.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
     axis.tick_params(length=0)
     axis.set_xlabel("context (tokens)")
@@ -292,7 +292,3 @@ def _no_frame(axis: Any, image: Any, label: str | None) -> None:
         bar = axis.figure.colorbar(image, ax=axis, pad=0.02)
         bar.set_label(label)
         bar.outline.set_visible(False)
-
-
-def _short(count: int) -> str:
-    return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)

@@ -5,7 +5,6 @@ No figure is taken before the operator has agreed with the float64 oracle on the
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import math
@@ -30,7 +29,7 @@ from .modeling.feature_map import FeatureMap
 from .modeling.ops import srf_attention
 from .modeling.random_features import stream_seed
 from .testing import assert_close, quadratic_attention, random_feature_map
-from .timing import choose_device, commit, on_gpu
+from .timing import choose_device, commit, on_gpu, versions
 
 # Ragged, and past every block boundary of the defaults.
 GATE_LENGTH = 197
@@ -211,17 +210,12 @@ def _peak_resident() -> float:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, commit, device, threads and load: what a figure needs to be compared with another."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
     gpu = is_gpu(device)
-    for package in ("srf-retrofit", "transformers", *(_GPU_PACKAGES if gpu else ())):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    found: dict[str, Any] = {"versions": versions, "commit": commit()}
+    installed = versions(("srf-retrofit", "torch", "transformers", *(_GPU_PACKAGES if gpu else ())))
+    found: dict[str, Any] = {"versions": installed, "commit": commit()}
     if gpu:
         cudnn = torch.backends.cudnn.version()
-        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
+        installed |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
         found["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     return found | {
         "device": torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU",

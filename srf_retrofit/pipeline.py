@@ -13,10 +13,8 @@ from its last checkpoint, with the losses it would have had.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +34,7 @@ from .pretrained import load_model
 from .run_directory import RunDirectory
 from .surgery import plan_retrofit
 from .teacher import check_pair
-from .timing import choose_device
+from .timing import choose_device, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -227,17 +225,6 @@ def _results(
         "training": {name: result for name, result in found.items() if "history" in result},
         "untrained": found.get(stages.UNTRAINED),
         "evaluation": found[stages.EVALUATE] or None,
-        "versions": _versions(),
+        "versions": versions(("srf-retrofit", "torch", "transformers", "accelerate", "peft")),
     }
     return json.loads(json.dumps(results))  # plain JSON types, as a reader of the file gets them
-
-
-def _versions() -> dict[str, str]:
-    names = ("srf-retrofit", "torch", "transformers", "accelerate", "peft")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -116,6 +117,22 @@ def score_recall(model: PreTrainedModel, rows: RecallRows, *, mode: str = "full"
     )
 
 
+def _score_cells(
+    model: PreTrainedModel,
+    cells: Sequence[dict[str, Any]],
+    make: Callable[..., RecallRows],
+    label: str,
+    mode: str,
+    batch_tokens: int,
+    progress: bool,
+) -> list[dict[str, float]]:
+    """`Recall` on the rows that `make` makes for each cell, beside what names the cell."""
+    bar = tqdm(cells, desc=f"{label}, {mode}", disable=not progress, leave=False)
+    return [
+        {**cell, **score_recall(model, make(**cell), mode=mode, batch_tokens=batch_tokens).to_dict()} for cell in bar
+    ]
+
+
 def copy_by_distance(
     model: PreTrainedModel,
     vocabulary: torch.Tensor,
@@ -129,12 +146,9 @@ def copy_by_distance(
     progress: bool = False,
 ) -> list[dict[str, float]]:
     """`Recall` of `trials` copies at each distance, as dictionaries with their `distance`. See `copy_rows`."""
-    out = []
-    for distance in tqdm(distances, desc=f"copies, {mode}", disable=not progress, leave=False):
-        rows = copy_rows(trials, vocabulary, distance=distance, filler=filler, seed=seed)
-        found = score_recall(model, rows, mode=mode, batch_tokens=batch_tokens)
-        out.append({"distance": distance, **found.to_dict()})
-    return out
+    cells = [{"distance": distance} for distance in distances]
+    make = partial(copy_rows, trials, vocabulary, filler=filler, seed=seed)
+    return _score_cells(model, cells, make, "copies", mode, batch_tokens, progress)
 
 
 def mqar_grid(
@@ -151,13 +165,9 @@ def mqar_grid(
     progress: bool = False,
 ) -> list[dict[str, float]]:
     """`Recall` for every number of pairs and every gap, as dictionaries with `pairs` and `gap`. See `mqar_rows`."""
-    out = []
-    cells = [(n, gap) for n in pairs for gap in gaps]
-    for n, gap in tqdm(cells, desc=f"associations, {mode}", disable=not progress, leave=False):
-        rows = mqar_rows(trials, vocabulary, pairs=n, gap=gap, filler=filler, seed=seed)
-        found = score_recall(model, rows, mode=mode, batch_tokens=batch_tokens)
-        out.append({"pairs": n, "gap": gap, **found.to_dict()})
-    return out
+    cells = [{"pairs": n, "gap": gap} for n in pairs for gap in gaps]
+    make = partial(mqar_rows, trials, vocabulary, filler=filler, seed=seed)
+    return _score_cells(model, cells, make, "associations", mode, batch_tokens, progress)
 
 
 def passkey_grid(
@@ -174,10 +184,6 @@ def passkey_grid(
     progress: bool = False,
 ) -> list[dict[str, float]]:
     """`Recall` for every context and depth, as dictionaries with `context` and `depth`. See `passkey_rows`."""
-    out = []
-    cells = [(context, depth) for context in contexts for depth in depths]
-    for context, depth in tqdm(cells, desc=f"pass keys, {mode}", disable=not progress, leave=False):
-        rows = passkey_rows(trials, tokenizer, filler, context=context, depth=depth, seed=seed)
-        found = score_recall(model, rows, mode=mode, batch_tokens=batch_tokens)
-        out.append({"context": context, "depth": depth, **found.to_dict()})
-    return out
+    cells = [{"context": context, "depth": depth} for context in contexts for depth in depths]
+    make = partial(passkey_rows, trials, tokenizer, filler, seed=seed)
+    return _score_cells(model, cells, make, "pass keys", mode, batch_tokens, progress)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .data import TokenBlocks
+from .token_blocks import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,6 @@ _KEY_DIGITS = 5
 _ROUNDS = 50
 _WORD = re.compile("[\u0120\u2581][A-Za-z]{3,}")  # the marks of a space: byte-level and SentencePiece vocabularies
 _FEWEST_WORDS = 256
-_IGNORED = -100
 
 
 class RecallRows(NamedTuple):
@@ -39,7 +39,7 @@ class RecallRows(NamedTuple):
     @property
     def labels(self) -> torch.Tensor:
         """(N, L) int64 as Transformers takes them: the scored tokens at their own places, -100 elsewhere."""
-        return self.input_ids.masked_fill(~self.scored, _IGNORED)
+        return self.input_ids.masked_fill(~self.scored, IGNORED)
 
     def to(self, device: torch.device | str) -> RecallRows:
         """The same rows on another device."""

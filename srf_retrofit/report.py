@@ -222,7 +222,7 @@ def _plot_memory(axis, memory: dict[str, Any]) -> None:
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(lengths, [_short(n) for n in lengths])
+    axis.set_xticks(lengths, [short_count(n) for n in lengths])
     axis.minorticks_off()
     axis.set_xlabel("context (tokens)")
     axis.set_ylabel("MiB for one sequence")
@@ -235,7 +235,7 @@ def _plot_decode(axis, decode: dict[str, Any]) -> None:
     axis.plot(contexts, decode["teacher_ms"], "o-", color=_COLOURS["teacher"], ms=4, label=MODELS["teacher"])
     axis.plot(contexts, decode["student_ms"], "o-", color=_COLOURS["tuned"], ms=4, label="retrofitted")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(contexts, [_short(n) for n in contexts])
+    axis.set_xticks(contexts, [short_count(n) for n in contexts])
     axis.minorticks_off()
     axis.set_ylim(0, 1.15 * max(*decode["teacher_ms"], *decode["student_ms"]))
     axis.set_xlabel("context (tokens)")
@@ -244,5 +244,5 @@ def _plot_decode(axis, decode: dict[str, Any]) -> None:
     axis.legend(frameon=False, fontsize=9)
 
 
-def _short(count: int) -> str:
+def short_count(count: int) -> str:
     return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)

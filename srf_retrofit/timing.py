@@ -7,12 +7,14 @@ it cannot.
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
+import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,17 @@ def reason(error: BaseException) -> str:
         return "out of memory"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Version of Python and of each installed package, "not installed" for the others."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def commit() -> str | None:

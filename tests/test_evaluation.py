@@ -126,63 +126,6 @@ def test_training_mode_comes_back(blocks) -> None:
     assert [module.training for module in model.modules()] == before
 
 
-class Copying(torch.nn.Module):
-    """Names the token that followed the last earlier occurrence of the current one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = type("Config", (), {"vocab_size": 1000})()
-        self.device = torch.device("cpu")
-
-    def forward(self, input_ids: torch.Tensor, **_: object):
-        logits = torch.zeros(*input_ids.shape, 1000)
-        for row, out in zip(input_ids.tolist(), logits, strict=True):
-            last: dict[int, int] = {}
-            for i, token in enumerate(row):
-                if token in last:
-                    out[i, last[token]] = 1
-                if i:
-                    last[row[i - 1]] = token
-        return type("Output", (), {"logits": logits})()
-
-
-def test_copy_recall(model) -> None:
-    assert evaluation.copy_recall(Copying(), length=12) > 0.9  # random strings may repeat a token
-    assert evaluation.copy_recall(model, length=64) < 0.2
-    with pytest.raises(ValueError, match="length >= 2"):
-        evaluation.copy_recall(model, length=1)
-
-
-class Characters:
-    """One token per character."""
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) for c in text]}
-
-
-def test_passkey_recall_hides_and_asks() -> None:
-    seen = []
-
-    class Reader(Copying):
-        def forward(self, input_ids: torch.Tensor, **_: object):
-            seen.append("".join(map(chr, input_ids[0])))
-            logits = torch.zeros(*input_ids.shape, 1000)
-            logits[0, :-1].scatter_(1, input_ids[0, 1:, None], 1.0)  # knows every next token
-            return type("Output", (), {"logits": logits})()
-
-    filler = TokenBlocks(torch.full((4, 100), ord(".")))
-    assert evaluation.passkey_recall(Reader(), Characters(), filler, context=100, trials=3) == 1.0
-    assert len(seen) == 3
-    keys = {text[-5:] for text in seen}
-    assert len(keys) == 3
-    for text in seen:
-        assert text.count(text[-5:]) == 3
-        assert text.count(".") == 100 + 2
-    assert evaluation.passkey_recall(Copying(), Characters(), filler, context=100, trials=2) < 1.0
-    with pytest.raises(ValueError, match="need 500 tokens, got 400"):
-        evaluation.passkey_recall(Reader(), Characters(), filler, context=100, trials=5)
-
-
 def test_decode_times(model) -> None:
     times = evaluation.decode_times(model, [5, 20, 60], tokens=3)
     assert len(times) == 3

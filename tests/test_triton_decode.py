@@ -164,7 +164,8 @@ def test_operator_is_registered_as_pytorch_asks(geometry) -> None:
     q, k, v = layer.token()
     active = torch.tensor([True])
     torch.library.opcheck(
-        decode_step, (q, k, v, active, *layer.mine, *layer.maps.query, *layer.maps.key, 1, 64, layer.scaling, True)
+        decode_step,
+        (q, k, v, active, *layer.mine, *layer.maps.query, *layer.maps.key, 1, layer.config.fade, layer.scaling, True),
     )
 
 
@@ -177,7 +178,7 @@ def test_a_second_copy_of_the_file_may_be_loaded() -> None:
     layer = Layer((2, 1, 2), rows=1)
     layer.check(*layer.token())
     q, k, v = layer.token()
-    arguments = (*layer.maps.query, *layer.maps.key, 1, 64, layer.scaling, True)
+    arguments = (*layer.maps.query, *layer.maps.key, 1, layer.config.fade, layer.scaling, True)
     states = [SRFState(*(t.clone() for t in layer.mine)) for _ in range(3)]
     expected = layer.fused(q, k, v)
     for op, state in zip((decode_step, copy.decode_step, torch.ops.srf_retrofit.decode_step), states, strict=True):

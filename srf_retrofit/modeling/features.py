@@ -11,8 +11,6 @@ from .ops import fold, full_precision
 from .random_features import draw_projection
 
 _GEOMETRY = ("query_shift", "key_shift", "preconditioner", "inverse_transpose", "proposal")
-# What `train_` turns into parameters.
-_TRAINED = ("projection", "log_weight")
 
 
 class SRFFeatures(nn.Module):
@@ -200,21 +198,6 @@ class SRFFeatures(nn.Module):
         self.log_weight.copy_(torch.zeros_like(self.log_weight) if value is None else value)
         self._folded = None
 
-    def train_(self, flag: bool = True) -> None:
-        """Whether projection and log-weights are parameters, which optimizers see, or buffers, as they are at first.
-
-        Checkpoints are the same either way. Trained features are no longer a random draw: the estimate is biased, and
-        `resample` starts it anew.
-        """
-        for name in _TRAINED:
-            value = getattr(self, name).detach()
-            delattr(self, name)
-            if flag:
-                self.register_parameter(name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value)
-        self._folded = None
-
     def redraw_(self, device: torch.device | str | None = None) -> None:
         """The seed's name for `resample` with the step after the last one.
 
@@ -274,15 +257,11 @@ class SRFFeatures(nn.Module):
         return {**self.__dict__, "_folded": None}
 
     def _apply(self, fn, recurse: bool = True):
-        before = {name: t.detach() for name, t in (*self._buffers.items(), *self._parameters.items()) if t is not None}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype not in (torch.float16, torch.bfloat16):
-                continue
-            if name in self._buffers:
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = old.to(new.device, torch.float32)
-            else:
-                new.data = old.to(new.device, torch.float32)
         self._folded = None
         return self

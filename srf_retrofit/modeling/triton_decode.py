@@ -37,7 +37,7 @@ except ImportError:  # checkpoints travel to machines without it, where `availab
     triton = None
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Places of retained and leaving keys fit the 11 bits that rounding a priority leaves free.
+# Places of retained and leaving keys fit the 11 bits that `triton_common.sort_keys` has for them.
 LARGEST_POOL = 2048
 LARGEST_WINDOW = 128
 LARGEST_DIM = 256

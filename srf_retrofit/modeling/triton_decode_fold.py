@@ -71,28 +71,37 @@ def dot_value(p, value, out, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def half_square(
+    x, norm_weight, norm_bias, root, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NT: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+):  # fmt: skip
+    """`|norm_weight x~ + norm_bias|^2 / 2` of queries or keys (N, DP), as (N,)."""
+    d = tl.arange(0, DP)
+    half = tl.zeros((N,), tl.float32)
+    if HAS_NORM_WEIGHT:
+        for n0 in range(0, D, NT):
+            n = n0 + tl.arange(0, NT)
+            moved = dot_weight(x, load_rows(norm_weight, n, n < D, D, DP)) * root
+            if HAS_NORM_BIAS:
+                moved += tl.load(norm_bias + n, mask=n < D, other=0.0)[None, :]
+            half += 0.5 * tl.sum(moved * moved, 1)
+    else:
+        moved = x.to(tl.float32) * root
+        if HAS_NORM_BIAS:
+            moved += tl.load(norm_bias + d, mask=d < D, other=0.0)[None, :]
+        half += 0.5 * tl.sum(moved * moved, 1)
+    return half
+
+
+@triton.jit
 def fold_keys(
     key, value, leaves, kv_mean, k_sum, k_max, weight, bias, norm_weight, norm_bias, root,
     M: tl.constexpr, MT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NT: tl.constexpr, EP: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Add the keys and values (EP, DP) marked in `leaves` (EP,) to the feature sums, in tiles of `MT` features."""
-    d = tl.arange(0, DP)
     key = key.to(OPERAND)
-    # Half the squared length of each moved key.
-    half = tl.zeros((EP,), tl.float32)
-    if HAS_NORM_WEIGHT:
-        for n0 in range(0, D, NT):
-            n = n0 + tl.arange(0, NT)
-            moved = dot_weight(key, load_rows(norm_weight, n, n < D, D, DP)) * root
-            if HAS_NORM_BIAS:
-                moved += tl.load(norm_bias + n, mask=n < D, other=0.0)[None, :]
-            half += 0.5 * tl.sum(moved * moved, 1)
-    else:
-        moved = key.to(tl.float32) * root
-        if HAS_NORM_BIAS:
-            moved += tl.load(norm_bias + d, mask=d < D, other=0.0)[None, :]
-        half += 0.5 * tl.sum(moved * moved, 1)
+    half = half_square(key, norm_weight, norm_bias, root, EP, D, DP, NT, HAS_NORM_WEIGHT, HAS_NORM_BIAS)
     for m0 in range(0, M, MT):
         m = m0 + tl.arange(0, MT)
         here = m < M

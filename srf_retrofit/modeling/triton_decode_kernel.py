@@ -17,7 +17,7 @@ try:
 except ImportError:  # see triton_decode_fold
     raise
 
-from .triton_decode_fold import LOG_ZERO, dot_value, dot_weight, finish_block, load_rows, store_rows
+from .triton_decode_fold import LOG_ZERO, dot_value, dot_weight, finish_block, half_square, load_rows, store_rows
 
 # Below every logit, LOG_ZERO included, and finite: differences of two are numbers.
 LOWEST = tl.constexpr(-3e38)
@@ -41,29 +41,6 @@ def add_tile(top, total, out, logits, value, OPERAND: tl.constexpr):
     out = out * shrink[:, None]
     out = dot_value(p, value, out, OPERAND)
     return highest, total, out
-
-
-@triton.jit
-def half_square(
-    x, norm_weight, norm_bias, root, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NT: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-):  # fmt: skip
-    """`|norm_weight x~ + norm_bias|^2 / 2` of queries (RP, DP), as (RP,)."""
-    d = tl.arange(0, DP)
-    half = tl.zeros((RP,), tl.float32)
-    if HAS_NORM_WEIGHT:
-        for n0 in range(0, D, NT):
-            n = n0 + tl.arange(0, NT)
-            moved = dot_weight(x, load_rows(norm_weight, n, n < D, D, DP)) * root
-            if HAS_NORM_BIAS:
-                moved += tl.load(norm_bias + n, mask=n < D, other=0.0)[None, :]
-            half += 0.5 * tl.sum(moved * moved, 1)
-    else:
-        moved = x.to(tl.float32) * root
-        if HAS_NORM_BIAS:
-            moved += tl.load(norm_bias + d, mask=d < D, other=0.0)[None, :]
-        half += 0.5 * tl.sum(moved * moved, 1)
-    return half
 
 
 @triton.jit
