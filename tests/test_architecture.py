@@ -44,7 +44,7 @@ FLOORS = [
     {"__init__", "__main__"},
 ]
 MODELING_FLOORS = [
-    {"configuration", "saving", "feature_sums"},
+    {"configuration", "saving", "feature_sums", "operators"},
     {"configuration_hf", "random_features", "feature_map", "state", "softmax_parts"}
     | {"triton_common", "triton_launch"},
     {"retention", "block_tables", "triton_pure", "triton_retain", "triton_sums", "triton_decode_fold"},

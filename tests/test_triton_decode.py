@@ -170,11 +170,12 @@ def test_operator_is_registered_as_pytorch_asks(geometry) -> None:
 
 
 def test_a_second_copy_of_the_file_may_be_loaded() -> None:
-    """As when a checkpoint brings its own: both then work."""
+    """As when a checkpoint brings its own: both then work, each under a name of its own."""
     spec = importlib.util.spec_from_file_location("srf_retrofit.modeling.triton_decode_copy", triton_decode.__file__)
     copy = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = copy
     spec.loader.exec_module(copy)
+    assert copy.decode_step._qualname != decode_step._qualname
     layer = Layer((2, 1, 2), rows=1)
     layer.check(*layer.token())
     q, k, v = layer.token()

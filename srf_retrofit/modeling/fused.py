@@ -14,6 +14,7 @@ import torch
 from .fused_backward import backward, gradients
 from .fused_call import Call, begin, count_blocks, sizes_of
 from .fused_forward import forward, outputs
+from .operators import operator_name
 
 
 def _attend(
@@ -95,8 +96,8 @@ def _attend_backward(
     return backward(call, q, k, v, mask, folded, saved, do, end_d_sum, end_d_mass, scaling, with_maps)
 
 
-_OPERATOR = torch.library.custom_op("srf_retrofit::attend", _attend, mutates_args=())
-_BACKWARD = torch.library.custom_op("srf_retrofit::attend_backward", _attend_backward, mutates_args=())
+_OPERATOR = torch.library.custom_op(operator_name("attend"), _attend, mutates_args=())
+_BACKWARD = torch.library.custom_op(operator_name("attend_backward"), _attend_backward, mutates_args=())
 
 
 @_OPERATOR.register_fake

@@ -26,6 +26,7 @@ import torch
 from .configuration import SRFConfig
 from .feature_map import FoldedMap
 from .fused_call import interpreted
+from .operators import operator_name
 from .state import SRFState
 
 try:
@@ -178,7 +179,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
 
 
 decode_step = torch.library.custom_op(
-    "srf_retrofit::decode_step", _launch, mutates_args=SRFState._fields, schema=_SCHEMA
+    operator_name("decode_step"), _launch, mutates_args=SRFState._fields, schema=_SCHEMA
 )
 
 
