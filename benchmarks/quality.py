@@ -24,19 +24,19 @@ import torch
 import yaml
 
 from srf_retrofit import SRFConfig, calibrate, retrofit
-from srf_retrofit.choices import read_items, score_items
+from srf_retrofit.bench.measurement import environment
 from srf_retrofit.data import TokenBlocks, load_documents, read_documents, tokenise
-from srf_retrofit.distillation import distill
-from srf_retrofit.evaluation_suite import state_cost
+from srf_retrofit.evaluation.choices import read_items, score_items
+from srf_retrofit.evaluation.long_text import length_perplexity
+from srf_retrofit.evaluation.recall import copy_by_distance, passkey_grid, word_tokens
+from srf_retrofit.evaluation.suite import state_cost
 from srf_retrofit.files import write_json
-from srf_retrofit.long_text import length_perplexity
-from srf_retrofit.measurement import environment
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import SRFFeatures
 from srf_retrofit.pretrained import load_smollm2
-from srf_retrofit.recall import copy_by_distance, passkey_grid, word_tokens
-from srf_retrofit.settling import settle_features
 from srf_retrofit.tail_gain import calibrate_gain
+from srf_retrofit.training.distillation import distill
+from srf_retrofit.training.settling import settle_features
 
 EVALUATED = 98_304
 LENGTHS = (1024, 4096)
@@ -118,13 +118,13 @@ def one_run(
         part = TokenBlocks(blocks.blocks[: transfer * rows])
         rate = run["transfer"]["learning_rate"]
         found = distill(
-            model, None, part, steps=transfer, output_dir="quality-run", objective="attention",
+            model, None, part, steps=transfer, output_dir="runs/quality", objective="attention",
             learning_rate=rate, train=run["transfer"].get("train", "features"), **common,
         )  # fmt: skip
         out["transfer"] = [line["loss"] for line in found["history"] if "loss" in line]
     part = TokenBlocks(blocks.blocks[transfer * rows : steps * rows])
     found = distill(
-        model, teacher, part, steps=steps - transfer, output_dir="quality-run",
+        model, teacher, part, steps=steps - transfer, output_dir="runs/quality",
         learning_rate=run.get("learning_rate", 1e-4), feature_learning_rate=run.get("feature_learning_rate"),
         schedule=run.get("schedule", "fixed"), **common,
     )  # fmt: skip

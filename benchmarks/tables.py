@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from srf_retrofit import benchmark_decode, benchmark_gpu, benchmark_train
-from srf_retrofit.benchmark_plot import short
-from srf_retrofit.measurement import figure
+from srf_retrofit.bench import attention as benchmark_gpu
+from srf_retrofit.bench import decode as benchmark_decode
+from srf_retrofit.bench import train as benchmark_train
+from srf_retrofit.bench.measurement import figure
+from srf_retrofit.bench.plot import short
 from srf_retrofit.report import table
 
 ROOT = Path(__file__).resolve().parent.parent

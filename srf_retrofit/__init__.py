@@ -15,7 +15,7 @@ from .modeling.standalone import Attention
 from .surgery import RetrofitPlan, plan_retrofit, retrofit, revert
 
 if TYPE_CHECKING:
-    from .callbacks import ResampleFeaturesCallback, resample_features
+    from .training.callbacks import ResampleFeaturesCallback, resample_features
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The callback's names on first use: they bring the Trainer, and with it PEFT, which few need at once."""
     if name in ("ResampleFeaturesCallback", "resample_features"):
-        from . import callbacks
+        from .training import callbacks
 
         return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
-from . import evaluation, recipes
+from . import recipes
 from .calibration import DEFAULT_GEOMETRY, GEOMETRIES, calibrate
-from .callbacks import ResampleFeaturesCallback, ResampleSchedule
 from .data import TextParts, TokenBlocks, load_documents, pack, split_documents
-from .distillation import DistillationTrainer
+from .evaluation import perplexity as evaluation
 from .files import atomic_directory, check_writable
 from .modeling.configuration import SRFConfig
 from .pretrained import SMOLLM2, load_model
@@ -32,6 +31,8 @@ from .report import write_report
 from .surgery import plan_retrofit, retrofit
 from .tail_gain import calibrate_gain
 from .timing import versions
+from .training.callbacks import ResampleFeaturesCallback, ResampleSchedule
+from .training.distillation import DistillationTrainer
 
 PROMPTS = (
     "What is a list in Python?",

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from builders import CONFIG
-from byte_tokenizer import WORDS
+from toy_tokenizers import WORDS
 from transformers import TrainerCallback
 
-from srf_retrofit.distill_settings import DistillSettings
-from srf_retrofit.evaluation_settings import EvalSettings
+from srf_retrofit.evaluation.settings import EvalSettings
+from srf_retrofit.pipeline.settings import DistillSettings
 
 EVAL = EvalSettings(length=64, tokens=256, modes=("full", "no_tail"))
 STEPS = 6

@@ -1,0 +1,1 @@
+"""Times and memory, never without a check of the results first: operator, decoding and training against rivals."""

@@ -1,0 +1,1 @@
+"""What changes a model: feature schedules, teachers, attention transfer, distillation from logits."""
