@@ -31,6 +31,7 @@ from srf_retrofit.evaluation.long_text import length_perplexity
 from srf_retrofit.evaluation.recall import copy_by_distance, passkey_grid, word_tokens
 from srf_retrofit.evaluation.suite import state_cost
 from srf_retrofit.files import write_json
+from srf_retrofit.foresight import calibrate_foresight
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import SRFFeatures
 from srf_retrofit.pretrained import load_smollm2
@@ -97,6 +98,10 @@ def one_run(
     if random_features and run.get("weigh") and run["srf"].get("num_features", 64):
         report = calibrate_gain(model, blocks.first(4).batches(2))
         out["weigh"] = {"before": report.before, "after": report.after}
+    if run.get("foresight"):
+        # Other rows than those trained on first: there is enough text.
+        rows_seen = TokenBlocks(blocks.blocks[-run["foresight"]["rows"] :])
+        out["foresight"] = str(calibrate_foresight(model, rows_seen.batches(2), factor=run["foresight"].get("factor")))
     if run.get("settle"):
         settle_features(model)
     out["zero_shot"] = judge(model, recall=run.get("recall", False), tasks=False)

@@ -116,7 +116,9 @@ def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail):
         near = (i // w - j // w <= 1) & (j // w - i // w <= 1)
         exact = exact | (visible & near)
     exact = exact.expand(g, length, length).clone()
-    slots, priority = _retained_sets(score, exact, config) if config.retained else ([[] for _ in range(g)], None)
+    slots, priority, level = [[] for _ in range(g)], None, None
+    if config.retained:
+        slots, priority, level = _retained_sets(score, exact, kr, vr, maps, config)
     if config.retained:
         for head in range(g):
             for block, kept in enumerate(slots[head][:-1]):
@@ -131,7 +133,7 @@ def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail):
     o = torch.einsum("grij,gjd->grid", weight, vr) / weight.sum(-1, keepdim=True)
     if not causal:
         return o, None
-    return o, _final_state(kr, vr, b, slots, priority, config)
+    return o, _final_state(kr, vr, b, slots, priority, level, config)
 
 
 def _log_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -146,8 +148,8 @@ def _log_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.einsum("grim,gjm->grij", torch.exp(a - high), torch.exp(b - top)).log() + high
 
 
-def _retained_sets(score: torch.Tensor, exact: torch.Tensor, config: SRFConfig):
-    """Retained positions of every block and kv head (and of the block after the last), and keys' priorities."""
+def _retained_sets(score, exact, kr, vr, maps, config):
+    """Retained positions of every block and kv head (and of the block after the last), keys' priorities and levels."""
     g, _, length, _ = score.shape
     w, s, h = config.window, config.sinks, config.retained
     delay = min(config.retention_delay, w // 2)
@@ -155,7 +157,7 @@ def _retained_sets(score: torch.Tensor, exact: torch.Tensor, config: SRFConfig):
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
     counts = (i - j > delay) & (i // w - j // w <= 1) & (j >= s)
     priority = _rounded(p.masked_fill(~counts, -torch.inf).amax((1, 2)))  # (G, L)
-    level = _level(priority) + config.fade * (torch.arange(length) // w)
+    level = _level(priority, kr, vr, maps) + config.fade * (torch.arange(length) // w)
     slots = []
     for head in range(g):
         sets: list[list[int]] = [[], []]  # nothing has left the window before block 2
@@ -168,13 +170,22 @@ def _retained_sets(score: torch.Tensor, exact: torch.Tensor, config: SRFConfig):
         sets = sets[:last]
         queries = -(-length // w)
         slots.append([sets[min(x, len(sets) - 1)] for x in range(queries)] + [sets[length // w]])
-    return slots, priority
+    return slots, priority, level
 
 
-def _level(p: torch.Tensor) -> torch.Tensor:
-    """Logarithm of a rounded priority, 4096 steps an octave and linear inside it; 0 at 2^-127."""
+def _level(p: torch.Tensor, k: torch.Tensor, v: torch.Tensor, maps: FeatureMap) -> torch.Tensor:
+    """Logarithm of rounded priorities (G, N), 4096 steps an octave and linear inside it; 0 at 2^-127.
+
+    With foresight, its forecast for the keys and values (G, N, D).
+    """
     mantissa, exponent = torch.frexp(p)
-    return torch.where(p > 0, (4096 * (exponent + 126 + 2 * mantissa - 1)).clamp_min(0), p)
+    level = torch.where(p > 0, (4096 * (exponent + 126 + 2 * mantissa - 1)).clamp_min(0), p)
+    if maps.foresight is None:
+        return level
+    k, v = k.detach().double(), v.detach().double()
+    octaves = torch.einsum("gnd,gd->gn", torch.cat([k, k**2, v, v**2], -1), maps.foresight[:, 1:].double())
+    seen = (maps.foresight[:, :1].double() * level.clamp_min(107 * 4096)).floor()
+    return torch.where(p >= 0, seen + 256 * (16 * octaves.clamp(-60, 60)).floor(), p)
 
 
 def _rounded(p: torch.Tensor) -> torch.Tensor:
@@ -183,7 +194,7 @@ def _rounded(p: torch.Tensor) -> torch.Tensor:
     return torch.where(p > 0, torch.ldexp((mantissa * 2**13).round() / 2**13, exponent), p)
 
 
-def _final_state(kr, vr, b, slots, priority, config) -> SRFState:
+def _final_state(kr, vr, b, slots, priority, level, config) -> SRFState:
     g, length, d = kr.shape
     w, s, h = config.window, config.sinks, config.retained
     state = SRFState.empty(config, 1, g, d, dtype=torch.float64)
@@ -208,7 +219,7 @@ def _final_state(kr, vr, b, slots, priority, config) -> SRFState:
         for place, x in zip(range(h - len(kept), h), kept, strict=True):
             state.retained_key[head, place] = kr[head, x].detach()
             state.retained_value[head, place] = vr[head, x].detach()
-            state.retained_priority[head, place] = _level(priority[head, x]) + config.fade * (x // w)
+            state.retained_priority[head, place] = level[head, x]
         for x in range(max((block - 1) * w, 0), length if w else 0):
             place = x - (block - 1) * w
             state.window_key[head, place] = kr[head, x].detach()
@@ -258,9 +269,8 @@ def _step_head(qs, ks, vs, maps, config, scaling):
     for i in range(qs.shape[1]):
         if w and i % w == 0 and i >= 2 * w:
             pool = retained + [x for x in range(i - 2 * w, i - w) if x >= s]
-            level = _level(torch.tensor(priority, dtype=torch.float64)) + config.fade * (
-                torch.arange(len(priority)) // w
-            )
+            now = torch.tensor([priority], dtype=torch.float64)
+            level = _level(now, ks[None], vs[None], maps)[0] + config.fade * (torch.arange(len(priority)) // w)
             pool.sort(key=lambda x: (-float(level[x]), x))
             retained, losers = sorted(pool[:h]), pool[h:]
             tail += losers
@@ -304,7 +314,7 @@ def random_feature_map(
 ) -> FeatureMap:
     """A float32 feature map with a random, well-conditioned geometry of the given level (see `calibration`).
 
-    The highest one, "proposal", comes with log-weights.
+    The highest one, "proposal", comes with log-weights and with foresight.
     """
     generator = torch.Generator().manual_seed(seed)
     w = draw_projection(num_features, head_dim, num_heads=num_heads, seed=seed)
@@ -320,7 +330,9 @@ def random_feature_map(
         return FeatureMap(w, c_q, c_k, m, inverse)
     proposal = -0.1 * torch.rand(num_heads, head_dim, generator=generator)
     log_weight = -0.3 * torch.rand(num_heads, num_features, generator=generator)
-    return FeatureMap(w, c_q, c_k, m, inverse, proposal, log_weight)
+    foresight = torch.randn(num_heads, 1 + 4 * head_dim, generator=generator) / head_dim**0.5
+    foresight[:, 0] = 0.5
+    return FeatureMap(w, c_q, c_k, m, inverse, proposal, log_weight, foresight)
 
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:

@@ -8,6 +8,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A core a process, also for the processes that tests start: two threads on a core that another test holds wait for
+    # each other at every step (a notebook took four times as long).
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ from .configuration import SRFConfig
 from .feature_attention import attend_features
 from .feature_map import FoldedMap, beside_exact_keys, linear_features, log_features, norm_term
 from .feature_sums import LOG_ZERO, accumulate_features, feature_keys
-from .retention import PURE_BLOCK, Grid, local_priorities, place_on_grid, priority_level, rank_and_evict
+from .retention import PURE_BLOCK, Grid, forecast, local_priorities, place_on_grid, priority_level, rank_and_evict
 from .softmax_parts import attend_parts
 from .state import SRFState
 
@@ -116,7 +116,10 @@ def attend_segment(
             log_probability = (logits[-1] - log_mass).view(b, g, n, r, w, 2 * w)
             priority = local_priorities(log_probability, grid, state, config)
             candidates = priority[:, :, :-1].masked_fill(~may_fold, float("-inf"))
-            candidates = priority_level(candidates, (grid.position[:, None, :, :1] - w) // w, config)
+            foreseen = None if maps.foresight is None else forecast(maps.foresight, before_k, before_v)
+            candidates = priority_level(
+                candidates, (grid.position[:, None, :, :1] - w) // w, config, maps.foresight, foreseen
+            )
             slots, slot_priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates)
             may_fold = evicted_priority > float("-inf")
         pool_k = torch.cat([state.retained_key.to(dtype), before_k.flatten(2, 3)], 2)

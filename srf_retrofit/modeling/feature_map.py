@@ -44,6 +44,7 @@ class FeatureMap(NamedTuple):
     inverse_transpose: torch.Tensor | None = None
     proposal: torch.Tensor | None = None  # diagonal of A, every entry below 1/4
     log_weight: torch.Tensor | None = None  # (G, M), added to the queries' log-features; 0 keeps the estimate unbiased
+    foresight: torch.Tensor | None = None  # (G, 1 + 4 D), which keys will matter, see `retention.priority_level`
 
     def to(self, *args, **kwargs) -> FeatureMap:
         """Move or cast every tensor, as `torch.Tensor.to`."""
@@ -89,10 +90,11 @@ Features = LinearFeatures | SoftmaxFeatures | ReluFeatures
 
 
 class FoldedMap(NamedTuple):
-    """Both sides of a feature map, folded (`fold_feature_map`), or learned."""
+    """Both sides of a feature map, folded (`fold_feature_map`), or learned; and which keys are worth a slot."""
 
     query: Features
     key: Features
+    foresight: torch.Tensor | None = None  # (G, 1 + 4 D), see `retention.priority_level`
 
 
 def fold_feature_map(maps: FeatureMap, side: str) -> LinearFeatures:

@@ -13,6 +13,37 @@ from .random_features import draw_projection
 _GEOMETRY = ("query_shift", "key_shift", "preconditioner", "inverse_transpose", "proposal")
 
 
+def no_foresight(num_kv_heads: int, head_dim: int) -> torch.Tensor:
+    """The table (G, 1 + 4 D) by which keys compete by the attention they received alone."""
+    table = torch.zeros(num_kv_heads, 1 + 4 * head_dim, device="cpu", dtype=torch.float32)
+    table[:, 0] = 1.0
+    return table
+
+
+@torch.no_grad()
+def set_foresight_(module: nn.Module, value: torch.Tensor | None, num_kv_heads: int, head_dim: int) -> None:
+    """Overwrite the buffer `foresight` (G, 1 + 4 D) of a layer's features; `None` for none.
+
+    Raises
+    ------
+    ValueError
+        When the layer retains no keys, or the value has another shape, is not finite or has a negative factor in its
+        first column. Nothing is changed then.
+    """
+    table = dict(module.named_buffers(recurse=False)).get("foresight")
+    if table is None:
+        raise ValueError("this layer retains no keys (retained=0): there is nothing to foresee")
+    if value is None:
+        value = no_foresight(num_kv_heads, head_dim)
+    if value.shape != table.shape:
+        raise ValueError(f"foresight must have shape {tuple(table.shape)}, got {tuple(value.shape)}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError("foresight has values that are not finite")
+    if bool((value[:, 0] < 0).any()):
+        raise ValueError(f"the factors of the priority must be >= 0, got {value[:, 0].min().item():.4g}")
+    table.copy_(value)
+
+
 class SRFFeatures(nn.Module):
     """Projection, geometry and weights of one layer's features, per key/value head, as persistent float32 buffers.
 
@@ -33,6 +64,8 @@ class SRFFeatures(nn.Module):
     ----------
     projection : (G, M, D)
     log_weight : (G, M)
+    foresight : (G, 1 + 4 D)
+        Where keys are retained: see `retention.priority_level`.
     query_shift, key_shift, proposal : (G, D)
     preconditioner, inverse_transpose : (G, D, D)
     step : int
@@ -68,6 +101,8 @@ class SRFFeatures(nn.Module):
         square, vector = (g, d, d), (g, d)
         shapes = {"projection": (g, m, d), "query_shift": vector, "key_shift": vector, "proposal": vector}
         shapes.update(preconditioner=square, inverse_transpose=square, log_weight=(g, m))
+        if config.retained:
+            shapes["foresight"] = (g, 1 + 4 * d)
         for name, shape in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32, device=device))
         if not self.projection.is_meta:
@@ -82,7 +117,8 @@ class SRFFeatures(nn.Module):
         g, d = self.num_kv_heads, self.head_dim
         zeros = torch.zeros(g, d, device="cpu", dtype=torch.float32)
         eye = torch.eye(d, device="cpu", dtype=torch.float32).expand(g, d, d)
-        return {
+        foresight = {"foresight": no_foresight(g, d)} if self.config.retained else {}
+        return foresight | {
             "projection": self._draw(0),
             "log_weight": torch.zeros(g, self.config.num_features, device="cpu", dtype=torch.float32),
             "query_shift": zeros,
@@ -126,6 +162,8 @@ class SRFFeatures(nn.Module):
         catches loaders that replace or overwrite buffers behind this module's back.
         """
         buffers = (self.projection, *(getattr(self, name) for name in _GEOMETRY), self.log_weight)
+        if self.config.retained:
+            buffers = (*buffers, self.get_buffer("foresight"))
         kept = self._folded
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in buffers)
         if torch.compiler.is_compiling() or trained:
@@ -160,7 +198,10 @@ class SRFFeatures(nn.Module):
             self.proposal.any(),
             self.log_weight.any(),
         ]
-        shifted, preconditioned, proposed, weighted = torch.stack(parts).tolist()
+        foresight = self.get_buffer("foresight") if self.config.retained else None
+        if foresight is not None:
+            parts.append((foresight != no_foresight(self.num_kv_heads, self.head_dim).to(foresight)).any())
+        shifted, preconditioned, proposed, weighted, *foresees = torch.stack(parts).tolist()
         return FeatureMap(
             self.projection,
             self.query_shift if shifted else None,
@@ -169,6 +210,7 @@ class SRFFeatures(nn.Module):
             self.inverse_transpose if preconditioned else None,
             self.proposal if proposed else None,
             self.log_weight if weighted else None,
+            foresight if foresees == [True] else None,
         )
 
     # -- what changes them -------------------------------------------------------------------------------------------
@@ -196,6 +238,11 @@ class SRFFeatures(nn.Module):
         if value is not None and not bool(torch.isfinite(value).all()):
             raise ValueError("log_weight has values that are not finite")
         self.log_weight.copy_(torch.zeros_like(self.log_weight) if value is None else value)
+        self._folded = None
+
+    def set_foresight(self, value: torch.Tensor | None = None) -> None:
+        """Overwrite, in place, which keys are foreseen to matter, see `set_foresight_`; `None` for no foresight."""
+        set_foresight_(self, value, self.num_kv_heads, self.head_dim)
         self._folded = None
 
     def redraw_(self, device: torch.device | str | None = None) -> None:

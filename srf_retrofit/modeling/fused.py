@@ -40,6 +40,7 @@ def _attend(
     key_norm_bias: torch.Tensor | None,
     ints: list[int],
     scaling: float,
+    foresight: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Attention of all blocks, and what the backward pass and the final state are made of.
 
@@ -56,6 +57,8 @@ def _attend(
     ints
         Window, sinks, retained, retention delay, whether features are attended to.
     scaling : float
+    foresight : (G, 1 + 4 D), optional
+        See `retention.priority_level`.
 
     Returns
     -------
@@ -65,7 +68,8 @@ def _attend(
     """
     folded = [query_weight, query_bias, query_norm, query_norm_bias, key_weight, key_bias, key_norm, key_norm_bias]
     start = (start_sum, start_mass, start_max, window_priority, slot_token, slot_priority)
-    return forward(begin(q, k, mask, documents, seen, folded, ints, scaling), q, k, v, mask, start, ints[3], scaling)
+    call = begin(q, k, mask, documents, seen, folded, ints, scaling)
+    return forward(call, q, k, v, mask, start, ints[3], scaling, foresight)
 
 
 def _attend_backward(
@@ -139,10 +143,10 @@ def _differentiate(ctx: Any, grads: Any, call: Call | None = None) -> tuple:
     if with_maps:
         maps = [x if like is not None else None for x, like in zip(out[-8:], folded, strict=True)]
     start = (None, None) if seen is None else out[3:5]
-    return (*out[:3], None, None, None, *start, *[None] * 4, *maps, None, None)
+    return (*out[:3], None, None, None, *start, *[None] * 4, *maps, None, None, None)
 
 
-torch.library.register_autograd("srf_retrofit::attend", _differentiate, setup_context=_keep)
+_OPERATOR.register_autograd(_differentiate, setup_context=_keep)
 
 
 class _Eager(torch.autograd.Function):
@@ -151,10 +155,10 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
         q, k, v, mask, documents, seen = inputs[:6]
-        ints, scaling = inputs[20:]
+        ints, scaling, foresight = inputs[20:]
         # Kept for the backward pass: tables of masks and documents take a hundred small operators.
         ctx.call = begin(q, k, mask, documents, seen, list(inputs[12:20]), ints, scaling)
-        output = forward(ctx.call, q, k, v, mask, inputs[6:12], ints[3], scaling)
+        output = forward(ctx.call, q, k, v, mask, inputs[6:12], ints[3], scaling, foresight)
         _keep(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(False)

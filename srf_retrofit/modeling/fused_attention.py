@@ -110,6 +110,7 @@ def attend_fused(
         *start,
         maps.query.weight, maps.query.bias, maps.query.norm_weight, maps.query.norm_bias,
         maps.key.weight, maps.key.bias, maps.key.norm_weight, maps.key.norm_bias, ints, float(scaling),
+        None if maps.foresight is None else maps.foresight.contiguous(),
     )  # fmt: skip
     if not with_state:
         return out[0], None

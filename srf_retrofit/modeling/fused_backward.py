@@ -10,7 +10,7 @@ from .fused_call import Call, Sizes, carve, launcher, on_device, room_for, unit_
 from .fused_forward import kept_sizes, slot_index_sizes
 
 try:
-    from .triton_attend_backward import key_kernel, query_kernel, sink_kernel, state_kernel
+    from .triton_attend_backward import clear_kernel, key_kernel, query_kernel, sink_kernel, state_kernel
     from .triton_pure import in_block_key_kernel
     from .triton_sums import (
         fold_gradient_kernel,
@@ -52,7 +52,7 @@ def backward(
     pointers = [x if x.numel() else reference for x in out[-8:]] if with_maps else [reference] * 8
     d_query, d_key = pointers[:4], pointers[4:]
 
-    query_tile, state_tile, key_tile = s.tiles["query"], s.tiles["state"], s.tiles["key"]
+    query_tile, key_tile = s.tiles["query"], s.tiles["key"]
     partials = blocks * s.G * query_tile.rounds * s.SINKS * s.D
     states, run_states = blocks * s.G * s.M, runs * s.G * s.M
     scratch = (log_sum.numel(), partials, partials, states, run_states * s.D, run_states)
@@ -62,7 +62,9 @@ def backward(
     d_sum = torch.empty_like(mean)
     # With the strides of `dk`, which is dense.
     both = (dk.numel(), dk.numel())
-    d_slots = carve(q.new_zeros(room_for(*both), dtype=torch.float32), *both) if s.H else (dk, dk)
+    # Rows of keys that are never retained are neither written nor read; those of a state's slots are all read.
+    make = q.new_zeros if continues else q.new_empty
+    d_slots = carve(make(room_for(*both), dtype=torch.float32), *both) if s.H else (dk, dk)
 
     key_strides, do_strides, dk_strides = (*k.stride()[:3], *v.stride()[:3]), do.stride()[:3], dk.stride()[:3]
     query_strides = (*q.stride()[:3], *key_strides)
@@ -92,20 +94,32 @@ def backward(
                 MAP_GRADIENT=with_maps, **query_tile.options,
             ),
         )  # fmt: skip
-        tails = s.feature_parts if s.TAIL else 0
-        if tails + s.slot_parts:
+        if s.H and not continues:
             launch(
-                "state", state_kernel, (blocks, s.G, tails + s.slot_parts),
+                "clear", clear_kernel, (blocks, s.G, 1),
+                (*d_slots, t.block_row, t.key_token, slots, *dk_strides, call.one_batch),
+                lambda: {n: getattr(s, n) for n in ("G", "D", "DP", "W", "WP", "H", "HP", "PART")} | {"num_warps": 4},
+            )  # fmt: skip
+
+        def state(of_slots: bool, parts: int) -> None:
+            tile = s.tiles["slots" if of_slots else "state"]
+            launch(
+                f"state {of_slots}", state_kernel, (blocks, s.G, parts),
                 (
                     q, k, v, do, t.block_row, t.query_token, slots, *call.query[:3],
                     log_mass, reference, log_sum, half_norm, delta, d_sum, d_mass, *d_slots, scaling, blocks,
                     *query_strides, *do_strides, *dk_strides, call.one_batch,
                 ),
                 lambda: common(
-                    R=s.R, M=s.M, MP=s.MP, HEADS=state_tile.heads, TILES=state_tile.rounds, H=s.H, HP=s.HP, PART=s.PART,
-                    TAILS=tails, SPLIT=split, **state_tile.options,
+                    R=s.R, M=s.M, MP=s.MP, HEADS=tile.heads, TILES=tile.rounds, H=s.H, HP=s.HP, PART=s.PART,
+                    OF_SLOTS=of_slots, SPLIT=split, **tile.options,
                 ),
             )  # fmt: skip
+
+        if s.TAIL:
+            state(False, s.feature_parts)
+        if s.H:
+            state(True, s.slot_parts)
         if not s.TAIL:
             d_sum.zero_()
             d_mass.zero_()
@@ -130,11 +144,11 @@ def backward(
             launch(
                 "key", key_kernel, (blocks + rows, s.G, 1),
                 (
-                    q, k, v, do, dk, dv, *d_slots, t.entry_table, t.query_token, t.key_token, t.key_position,
+                    q, k, v, do, dk, dv, *d_slots, t.entry_table, t.query_token, t.key_token, t.key_position, slots,
                     log_sum, delta, scaling, blocks, *query_strides, *do_strides, *dk_strides, call.one_batch,
                 ),
                 lambda: common(
-                    R=s.R, HEADS=key_tile.heads, TILES=key_tile.rounds, SINKS=s.SINKS, H=s.H,
+                    R=s.R, HEADS=key_tile.heads, TILES=key_tile.rounds, SINKS=s.SINKS, H=s.H, HP=s.HP, PART=s.PART,
                     **key_tile.options,
                 ),
             )  # fmt: skip

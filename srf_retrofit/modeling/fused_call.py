@@ -113,6 +113,7 @@ def launch_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
         "attend": (128, 8) if wide and (s.PURE or s.R * s.WP > 64) else (64, 4),
         "query": plain,
         "state": (64, 4),
+        "slots": (64, 4),
         "key": plain,
         "fold": (64, 8 if wide else 4),
     }

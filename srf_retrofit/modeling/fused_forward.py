@@ -10,7 +10,7 @@ from .fused_call import Call, Sizes, carve, launcher, on_device, room_for, unit_
 
 try:
     from .triton_attend import attend_kernel
-    from .triton_retain import priority_kernel, rank_run_kernel, rank_scan_kernel
+    from .triton_retain import forecast_kernel, priority_kernel, rank_run_kernel, rank_scan_kernel
     from .triton_sums import key_norm_kernel, run_kernel, scan_kernel
 except ImportError:
     # Nothing is launched then, see `fused_attention.why_not_fused`.
@@ -26,6 +26,7 @@ def forward(
     start: tuple[torch.Tensor | None, ...],
     delay: int,
     scaling: float,
+    foresight: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Launch the kernels of one call; arguments as of `fused.attend`, with what rows continue from in `start`."""
     s, t = call.sizes, call.tables
@@ -37,14 +38,17 @@ def forward(
     slots, fold = carve(slot_indices, *slot_index_sizes(s, blocks, rows))
     slot_top, priority = carve(slot_values, *slot_value_sizes(s, blocks, rows))
     sums = runs * s.G * s.M
-    scratch = (sums * s.D, sums, sums, blocks * s.G * 2 * s.W if s.H else 0, runs * s.G * s.H)
-    run_sum, run_mass, run_max, received, run_priority = carve(
+    foresight = foresight if s.H else None
+    keys = 0 if foresight is None else k.shape[0] * s.G * pool
+    scratch = (sums * s.D, sums, sums, blocks * s.G * 2 * s.W if s.H else 0, runs * s.G * s.H, keys)
+    run_sum, run_mass, run_max, received, run_priority, octaves = carve(
         q.new_empty(room_for(*scratch), dtype=torch.float32), *scratch
     )
     delay = min(delay, s.W // 2)
     query_strides, key_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
     numbers = (*query_strides, *key_strides, *o.stride()[:3], blocks, pool, delay)
-    launch = launcher(call, "forward", numbers, (q, k, v, *start, *call.query, *call.key))
+    tensors = (q, k, v, *start, *call.query, *call.key, foresight)
+    launch = launcher(call, "forward", numbers, tensors, foresight is not None)
 
     def common(**more: Any) -> dict[str, Any]:
         return dict(G=s.G, D=s.D, DP=s.DP, W=s.W, WP=s.WP, SINKS=s.SINKS, **call.kinds) | more
@@ -62,14 +66,23 @@ def forward(
                 lambda: common(R=s.R, HEADS=tile.heads, SP=s.SP, **tile.options),
             )  # fmt: skip
 
+            if foresight is not None:
+                launch(
+                    "forecast", forecast_kernel, (-(-pool // 64), s.G, k.shape[0]),
+                    (k, v, foresight, octaves, *key_strides, pool),
+                    lambda: {"G": s.G, "D": s.D, "DP": s.DP, "ROWS": 64, "num_warps": 4, "num_stages": 1},
+                )  # fmt: skip
+
             def rank(write: bool) -> None:
                 launch(
                     f"rank {write}", rank_run_kernel, (runs, s.G, 1),
                     (
                         t.run_table, t.block_row, t.row_block, t.key_token, t.key_position, t.block_full, received,
-                        start[3], run_token, run_priority, priority, slots, slot_top, fold,
+                        start[3], foresight, octaves, call.one_batch, pool,
+                        run_token, run_priority, priority, slots, slot_top, fold,
                     ),
-                    lambda: ranking | {"SINKS": s.SINKS, "FADE": s.FADE, "WRITE": write},
+                    lambda: ranking
+                    | {"SINKS": s.SINKS, "D": s.D, "FADE": s.FADE, "FORESIGHT": foresight is not None, "WRITE": write},
                 )  # fmt: skip
 
             ranking = {

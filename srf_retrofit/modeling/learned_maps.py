@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .configuration import SRFConfig
-from .feature_map import FoldedMap, LinearFeatures, ReluFeatures, SoftmaxFeatures
-from .features import SRFFeatures
+from .feature_map import Features, FoldedMap, LinearFeatures, ReluFeatures, SoftmaxFeatures
+from .features import SRFFeatures, no_foresight, set_foresight_
 from .random_features import draw_projection
 
 # Exact weights start at a tenth of the features' scale (LoLCATs' released configurations).
@@ -41,6 +41,7 @@ class LearnedMaps(nn.Module):
     """
 
     redraw_on_call = False
+    foresight: torch.Tensor  # (G, 1 + 4 D), where keys are retained: see `retention.priority_level`
 
     def __init__(
         self,
@@ -57,24 +58,30 @@ class LearnedMaps(nn.Module):
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self._group = (num_heads or num_kv_heads) // num_kv_heads
         for name, value in self.initial_values().items():
-            self.register_parameter(name, nn.Parameter(value.to(device)))
+            if name == "foresight":
+                self.register_buffer(name, value.to(device))
+            else:
+                self.register_parameter(name, nn.Parameter(value.to(device)))
 
     def extra_repr(self) -> str:
         c = self.config
         return f"{c.feature_map}, heads={self.num_kv_heads}, features={c.num_features}, dim={self.head_dim}"
 
     def initial_values(self) -> dict[str, torch.Tensor]:
-        """What a layer starts from, on the CPU, by parameter name."""
+        """What a layer starts from, on the CPU, by the name of the parameter or buffer."""
         c = self.config
+        foresight = {"foresight": no_foresight(self.num_kv_heads, self.head_dim)} if c.retained else {}
         if c.feature_map == "trained":
-            random = c.replace(feature_map="random")
-            return _unfolded(SRFFeatures(random, self.num_kv_heads, self.head_dim, self.layer, device="cpu"))
+            random = SRFFeatures(
+                c.replace(feature_map="random"), self.num_kv_heads, self.head_dim, self.layer, device="cpu"
+            )
+            return _unfolded(random) | foresight
         rows = c.num_features // 2 if c.feature_map == "hedgehog" else c.num_features
         directions = draw_projection(
             rows, self.head_dim, num_heads=self.num_kv_heads, projection="orthogonal", seed=c.seed, layer=self.layer
         )
         directions = directions / directions.norm(dim=-1, keepdim=True)
-        values = {"query_weight": directions, "key_weight": directions.clone()}
+        values = {"query_weight": directions, "key_weight": directions.clone()} | foresight
         if c.feature_map == "relu":
             zero = torch.zeros(self.num_kv_heads, rows, device="cpu")
             values.update(query_bias=zero, key_bias=zero.clone())
@@ -94,6 +101,8 @@ class LearnedMaps(nn.Module):
         with torch.no_grad():
             for name, value in _unfolded(features).items():
                 maps.get_parameter(name).copy_(value)
+            if config.retained:
+                maps.set_foresight(features.get_buffer("foresight"))
         return maps.to(features.projection.dtype)
 
     @property
@@ -101,17 +110,25 @@ class LearnedMaps(nn.Module):
         """Where the maps are."""
         return self.get_parameter("query_weight").device
 
+    def set_foresight(self, value: torch.Tensor | None = None) -> None:
+        """As `SRFFeatures.set_foresight`."""
+        set_foresight_(self, value, self.num_kv_heads, self.head_dim)
+
     def folded(self) -> FoldedMap:
         """Both maps, for `ops.srf_attention`."""
+        foresight = self.get_buffer("foresight") if self.config.retained else None
+        return FoldedMap(*self._sides(), foresight=foresight)
+
+    def _sides(self) -> tuple[Features, Features]:
         p = dict(self.named_parameters())
         if self.config.feature_map == "trained":
             query, key = (
                 LinearFeatures(*(p[f"{side}_{name}"] for name in LinearFeatures._fields)) for side in ("query", "key")
             )
-            return FoldedMap(query, key)
+            return query, key
         if self.config.feature_map == "hedgehog":
-            return FoldedMap(SoftmaxFeatures(p["query_weight"], p.get("mixing")), SoftmaxFeatures(p["key_weight"]))
-        return FoldedMap(
+            return SoftmaxFeatures(p["query_weight"], p.get("mixing")), SoftmaxFeatures(p["key_weight"])
+        return (
             ReluFeatures(p["query_weight"], p["query_bias"], p.get("mixing")),
             ReluFeatures(p["key_weight"], p["key_bias"]),
         )
@@ -119,7 +136,10 @@ class LearnedMaps(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         # Exponents stay float32, as those of random features do.
         before = {name: p.data for name, p in self.named_parameters()}
+        table = self._buffers.get("foresight")
         super()._apply(fn, recurse)
+        if table is not None and self.foresight.dtype in (torch.float16, torch.bfloat16):
+            self.foresight = table.to(self.foresight.device, torch.float32)
         for name, p in self.named_parameters():
             if p.dtype in (torch.float16, torch.bfloat16):
                 p.data = before[name].to(p.device, torch.float32)
@@ -148,7 +168,7 @@ def _unfolded(features: SRFFeatures) -> dict[str, torch.Tensor]:
     identity = torch.eye(d, device=features.device).expand(g, d, d)
     zero = torch.zeros(g, d, device=features.device)
     values = {}
-    for side, folded in zip(("query", "key"), features.folded(), strict=True):
+    for side, folded in zip(("query", "key"), features.folded()[:2], strict=True):
         assert isinstance(folded, LinearFeatures)
         norm_weight = identity if folded.norm_weight is None else folded.norm_weight
         norm_bias = zero if folded.norm_bias is None else folded.norm_bias

@@ -208,12 +208,13 @@ def with_unused_features(maps: FoldedMap, state: SRFState | None) -> tuple[Folde
     g, _, d = maps.query.weight.shape
     weight = maps.query.weight.new_zeros(g, _FEWEST_FEATURES, d)
     side = LinearFeatures(weight, weight.new_zeros(g, _FEWEST_FEATURES), None, None)
-    return FoldedMap(side, side), None if state is None else with_features(state, _FEWEST_FEATURES)
+    return maps._replace(query=side, key=side), None if state is None else with_features(state, _FEWEST_FEATURES)
 
 
 def fold(feature_map: FeatureMap) -> FoldedMap:
     """Fold both sides of a feature map; worth keeping while the features do not change."""
-    return FoldedMap(fold_feature_map(feature_map, "query"), fold_feature_map(feature_map, "key"))
+    sides = (fold_feature_map(feature_map, side) for side in ("query", "key"))
+    return FoldedMap(*sides, foresight=feature_map.foresight)
 
 
 @contextlib.contextmanager

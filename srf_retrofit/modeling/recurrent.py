@@ -12,7 +12,7 @@ from .chunked import take_keys
 from .configuration import SRFConfig
 from .feature_map import FoldedMap, beside_exact_keys, log_features
 from .feature_sums import LOG_ZERO, accumulate_features
-from .retention import priority_level, rank_and_evict, round_priority
+from .retention import forecast, priority_level, rank_and_evict, round_priority
 from .state import SRFState
 
 
@@ -147,7 +147,8 @@ def _finish_block(state: SRFState, full: torch.Tensor, maps: FoldedMap, config: 
     leaves = ((position >= config.sinks) & full.unsqueeze(-1))[:, None].expand(b, g, w)
     if h:
         candidates = state.window_priority[:, :, :w].masked_fill(~leaves, float("-inf"))
-        candidates = priority_level(candidates, (first // w).view(-1, 1, 1), config)
+        foreseen = None if maps.foresight is None else forecast(maps.foresight, old_k, old_v)
+        candidates = priority_level(candidates, (first // w).view(-1, 1, 1), config, maps.foresight, foreseen)
         kept, priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates.unsqueeze(2))
         pool_k, pool_v = torch.cat([state.retained_key, old_k], 2), torch.cat([state.retained_value, old_v], 2)
         old_k, old_v = take_keys(pool_k, evicted[:, :, 0]), take_keys(pool_v, evicted[:, :, 0])

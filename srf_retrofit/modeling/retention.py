@@ -9,11 +9,16 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration import SRFConfig
+from .configuration import LEVELS, SRFConfig
 from .state import SRFState
 
 # Block length of the pure form, a power of two: a block's keys meet its queries by halving, see `feature_attention`.
 PURE_BLOCK = 32
+# Levels of 2^-20: attention below that tells no key from another.
+LEAST_LEVEL = (127 - 20) * LEVELS
+# What is foreseen of a key: steps in an octave, and octaves at the most.
+FORECAST_STEPS = 16
+MOST_FORESEEN = 60
 
 
 def block_length(config: SRFConfig) -> int:
@@ -50,8 +55,43 @@ def round_priority(probability: torch.Tensor) -> torch.Tensor:
     return ((probability.float().view(torch.int32) + 0x400) & -0x800).view(torch.float32)
 
 
-def priority_level(priority: torch.Tensor, block: torch.Tensor, config: SRFConfig) -> torch.Tensor:
+def forecast(foresight: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The part of a key's level that is foreseen from itself: linear in `k`, `k^2`, `v` and `v^2`.
+
+    Keys differ in how long they will be looked at (a name, a full stop), and that shows in the key itself; RoPE turns
+    its coordinates, but leaves the slow ones almost alone and the sums of the squares of a pair altogether.
+
+    Parameters
+    ----------
+    foresight : (G, 1 + 4 D)
+        A factor for the priority (see `priority_level`), then weights in octaves.
+    key, value : (B, G, ..., D)
+
+    Returns
+    -------
+    (B, G, ...)
+        Whole numbers, rounded down to a 16th of an octave: prefill and decoding, whose sums differ in the last
+        bits, agree.
+    """
+    g, d = key.shape[1], key.shape[-1]
+    shape = (g, *[1] * (key.dim() - 3), d)
+    a, b, c, e = (part.reshape(shape) for part in foresight[:, 1:].split(d, dim=-1))
+    key, value = key.to(foresight.dtype), value.to(foresight.dtype)
+    octaves = (key * (a + key * b) + value * (c + value * e)).sum(-1)
+    return (octaves.clamp(-MOST_FORESEEN, MOST_FORESEEN) * FORECAST_STEPS).floor() * (LEVELS // FORECAST_STEPS)
+
+
+def priority_level(
+    priority: torch.Tensor,
+    block: torch.Tensor,
+    config: SRFConfig,
+    foresight: torch.Tensor | None = None,
+    foreseen: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What keys compete by: the logarithm of their priority, and a bonus for every block that they came later.
+
+    With foresight the logarithm, no less than that of 2^-20, counts by a factor of each key/value head, and what is
+    foreseen of the key is added: together a forecast of the attention that the key will receive, in octaves.
 
     That a priority halves every `retention_half_life` tokens changes no order among those that are there already, so it
     can be granted to the newcomers instead, once. The logarithm is that of the float's own bits, linear between powers
@@ -63,6 +103,9 @@ def priority_level(priority: torch.Tensor, block: torch.Tensor, config: SRFConfi
         Rounded by `round_priority`; `-inf` for keys that may not compete.
     block : like `priority`, or expanding to it, int64
         Index of the key's block in its sequence.
+    foresight : (G, 1 + 4 D), optional
+    foreseen : like `priority`, optional
+        `forecast` of the keys; given together with `foresight`.
 
     Returns
     -------
@@ -70,7 +113,12 @@ def priority_level(priority: torch.Tensor, block: torch.Tensor, config: SRFConfi
         Whole numbers, exact up to 2^24 (a million tokens at the default half-life), and `-inf`.
     """
     bits = priority.float().view(torch.int32) >> 11
-    level = bits + block * config.fade
+    bonus = block * config.fade
+    if foresight is None or foreseen is None:
+        level = bits + bonus
+    else:
+        factor = foresight[:, 0].view(-1, *[1] * (priority.dim() - 2))
+        level = (factor * bits.clamp_min(LEAST_LEVEL)).floor() + foreseen + bonus
     return level.to(priority.dtype).masked_fill(priority == float("-inf"), float("-inf"))
 
 

@@ -25,7 +25,7 @@ from .triton_common import (
     project,
     store_rows_of_heads,
 )
-from .triton_pure import in_block_logits
+from .triton_pure import first_key, in_block_logits
 from .triton_retain import local_keys, local_logits
 
 
@@ -94,41 +94,45 @@ def attend_kernel(
         own_values = load_rows(v, own_at, svl, D, DP, OPERAND)
         own_half = tl.load(key_half + (batch * G + g) * pool + own_at, mask=own_at >= 0, other=0.0)
         visible = (own_at >= 0)[None, :] & (own_place[None, :] <= place[:, None])
+        first = first_key(own_at >= 0, WP)
     if TAIL:
         for start in range(0, MP, FEATURES):
-            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
+            # All loads of a part stand before its first product: none is moved ahead of one by the compiler.
             past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
             values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
+            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
             top, mass, total = absorb(a + past[None, :], values, top, mass, total, OPERAND, PRECISION)
             if PURE:
                 # The parts of a key's weight that come from different features are further keys with the same value.
                 b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
                 b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
                 b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
-                own_logits = tl.where(visible, in_block_logits(a, b, past, WP, OPERAND, PRECISION), float("-inf"))
+                own_logits = in_block_logits(a, b, past, first, WP, OPERAND, PRECISION)
+                own_logits = tl.where(visible, own_logits, float("-inf"))
                 top, mass, total = absorb(own_logits, own_values, top, mass, total, OPERAND, PRECISION)
     if SINKS > 0:
         sink_at = load_sinks(sink_token, row, SINKS, SP)
         sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
-        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
         sink_values = load_rows(v, sink_at, svl, D, DP, OPERAND)
+        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
         top, mass, total = absorb(exact, sink_values, top, mass, total, OPERAND, PRECISION)
     if H > 0:
         SLOTS: tl.constexpr = min(PART, HP)
         for start in range(0, HP, SLOTS):
             slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
-            slot_logits = dot(x, tl.trans(load_rows(k, slot_at, skl, D, DP, OPERAND)), PRECISION) * scaling
-            slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
+            slot_keys = load_rows(k, slot_at, skl, D, DP, OPERAND)
             slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
+            slot_logits = dot(x, tl.trans(slot_keys), PRECISION) * scaling
+            slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
             top, mass, total = absorb(slot_logits, slot_values, top, mass, total, OPERAND, PRECISION)
     if not PURE:
         LOCAL: tl.constexpr = min(PART, 2 * WP)
         for start in range(0, 2 * WP, LOCAL):
             near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)
             near_keys = load_rows(k, near_at, skl, D, DP, OPERAND)
-            near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
             near_values = load_rows(v, near_at, svl, D, DP, OPERAND)
+            near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
             top, mass, total = absorb(near_logits, near_values, top, mass, total, OPERAND, PRECISION)
 
     store_rows_of_heads(o + batch * sob + head * soh, token, sol, total / mass[:, None], D, DP)

@@ -35,7 +35,7 @@ from .triton_common import (
     store_rows_of_heads,
     store_vector,
 )
-from .triton_pure import in_block_query_gradient
+from .triton_pure import first_key, in_block_query_gradient
 from .triton_retain import local_keys, local_logits
 
 
@@ -44,6 +44,42 @@ def exact_gradient(logits, do, delta, log_sum, values, scaling, PRECISION: tl.co
     """Probabilities of exact keys, and the gradient of their logits before scaling."""
     p = tl.exp(logits - log_sum[:, None])
     return p, p * (dot(do, tl.trans(values), PRECISION) - delta[:, None]) * scaling
+
+
+@triton.jit
+def retained_at(
+    token, entry, slot_token, g,
+    G: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Those of the tokens (WP,) that are in slots at an entry; -1 in place of the others."""
+    SLOTS: tl.constexpr = min(PART, HP)
+    found = tl.zeros((WP,), tl.int32)
+    for start in range(0, HP, SLOTS):
+        slots = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
+        found += tl.sum((token[:, None] == slots[None, :]).to(tl.int32), 1)
+    return tl.where(found > 0, token, -1)
+
+
+@triton.jit
+def clear_kernel(
+    d_slot_key, d_slot_value, block_row, key_token, slot_token, sgb, sgg, sgl, one_batch,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr,
+    HP: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Zeros where `state_kernel` will add: for the keys that a block's queries are the first to see in slots.
+
+    They have just left the window, so they are keys of the entry before. Before a row's first block no slot is taken.
+    """
+    block, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.load(block_row + block)
+    entry = block + row
+    batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
+    slot = tl.arange(0, WP)
+    token = tl.load(key_token + (entry - 1) * W + slot, mask=slot < tl.where(entry > 0, W, 0), other=-1)
+    token = retained_at(token, entry, slot_token, g, G, WP, H, HP, PART)
+    nothing = tl.zeros((WP, DP), tl.float32)
+    store_rows(d_slot_key + batch * sgb + g * sgg, token, sgl, nothing, D, DP)
+    store_rows(d_slot_value + batch * sgb + g * sgg, token, sgl, nothing, D, DP)
 
 
 @triton.jit
@@ -74,10 +110,10 @@ def query_kernel(
     head = (g * R + head).to(tl.int64)
     dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
     y = load_rows_of_heads(o + batch * sob + head * soh, token, sol, D, DP, tl.float32)
+    x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
     dl = tl.sum(dy.to(tl.float32) * y, 1)
     cell = head * (blocks * W) + block * W + place
     tl.store(delta + cell, dl, mask=token >= 0)
-    x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
     # Lines without a query get a normaliser that nothing reaches.
     ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
     dx = tl.zeros((HEADS * WP, DP), tl.float32)
@@ -85,8 +121,8 @@ def query_kernel(
     if SINKS > 0:
         sink_at = load_sinks(sink_token, row, SINKS, SP)
         sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
-        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
         sink_values = load_rows(v, sink_at, svl, D, DP, OPERAND)
+        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
         sink_p, sink_d_logits = exact_gradient(exact, dy, dl, ls, sink_values, scaling, PRECISION)
         dx += dot(sink_d_logits.to(OPERAND), sink_keys, PRECISION)
         here = ((block * G + g) * TILES + tile) * SINKS * D
@@ -108,6 +144,7 @@ def query_kernel(
         own_half = tl.load(key_half + (batch * G + g) * pool + own_at, mask=own_at >= 0, other=0.0)
         d_own = dot(dy, tl.trans(load_rows(v, own_at, svl, D, DP, OPERAND)), PRECISION) - dl[:, None]
         d_own = tl.where((own_at >= 0)[None, :] & (own_place[None, :] <= place[:, None]), d_own, 0.0)
+        first = first_key(own_at >= 0, WP)
     if not PURE:
         LOCAL: tl.constexpr = min(PART, 2 * WP)
         for start in range(0, 2 * WP, LOCAL):
@@ -122,9 +159,9 @@ def query_kernel(
         total = tl.zeros((HEADS * WP,), tl.float32)
         half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
         for start in range(0, MP, FEATURES):
+            past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
             a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION) - half[:, None]
             a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
-            past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
             logits = a + past[None, :]
             values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
             _, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
@@ -132,7 +169,7 @@ def query_kernel(
                 b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
                 b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
                 b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
-                da += in_block_query_gradient(a, b, past, ls, d_own, WP, OPERAND, PRECISION)
+                da += in_block_query_gradient(a, b, past, first, ls, d_own, WP, OPERAND, PRECISION)
             w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
             dx += dot(da.to(w.dtype), w, PRECISION)
             total += tl.sum(da, 1)
@@ -179,9 +216,9 @@ def state_kernel(
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sdb, sdh, sdl, sgb, sgg, sgl, one_batch,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    PART: tl.constexpr, TAILS: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    PART: tl.constexpr, OF_SLOTS: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first `TAILS` programs of the last axis: gradient of a part of the sums before the block; then: of slots."""
+    """Gradient of a part of the feature sums before the block, or (`OF_SLOTS`) of a part of the slots."""
     block, g, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row = tl.load(block_row + block)
     entry = block + row
@@ -189,7 +226,7 @@ def state_kernel(
     line = tl.arange(0, HEADS * WP)
     place = line % WP
     block_token = tl.load(query_token + block * W + place, mask=place < W, other=-1)
-    if part < TAILS:
+    if not OF_SLOTS:
         FEATURES: tl.constexpr = min(PART, MP)
         start = part * FEATURES
         mass = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
@@ -216,44 +253,43 @@ def state_kernel(
         store_part(d_sum + here * D, start, d_mean * scale[:, None], M, FEATURES, D, DP)
         store_vector(d_mass + here, start, d_total * scale, M, FEATURES)
     else:
-        if H > 0:
-            SLOTS: tl.constexpr = min(PART, HP)
-            at = load_vector(slot_token + (entry * G + g) * H, (part - TAILS) * SLOTS, H, SLOTS, -1)
-            if tl.max(at, 0) >= 0:
-                keys = load_rows(k + batch * skb + g * skg, at, skl, D, DP, OPERAND)
-                values = load_rows(v + batch * svb + g * svg, at, svl, D, DP, OPERAND)
-                dk = tl.zeros((SLOTS, DP), tl.float32)
-                dv = tl.zeros((SLOTS, DP), tl.float32)
-                for tile in range(TILES):
-                    head = tile * HEADS + line // WP
-                    token = tl.where(head < R, block_token, -1)
-                    head = (g * R + head).to(tl.int64)
-                    cell = head * (blocks * W) + block * W + place
-                    x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
-                    dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
-                    ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
-                    dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
-                    logits = dot(x, tl.trans(keys), PRECISION) * scaling
-                    logits = tl.where((at >= 0)[None, :], logits, float("-inf"))
-                    p, d_logits = exact_gradient(logits, dy, dl, ls, values, scaling, PRECISION)
-                    dk += dot(tl.trans(d_logits.to(OPERAND)), x, PRECISION)
-                    dv += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
-                # A key may sit in the slots of many blocks.
-                dim = tl.arange(0, DP)
-                here = batch * sgb + g * sgg + at.to(tl.int64)[:, None] * sgl + dim[None, :]
-                inside = (at >= 0)[:, None] & (dim < D)[None, :]
-                tl.atomic_add(d_slot_key + here, dk, mask=inside, sem="relaxed")
-                tl.atomic_add(d_slot_value + here, dv, mask=inside, sem="relaxed")
+        SLOTS: tl.constexpr = min(PART, HP)
+        at = load_vector(slot_token + (entry * G + g) * H, part * SLOTS, H, SLOTS, -1)
+        if tl.max(at, 0) >= 0:
+            keys = load_rows(k + batch * skb + g * skg, at, skl, D, DP, OPERAND)
+            values = load_rows(v + batch * svb + g * svg, at, svl, D, DP, OPERAND)
+            dk = tl.zeros((SLOTS, DP), tl.float32)
+            dv = tl.zeros((SLOTS, DP), tl.float32)
+            for tile in range(TILES):
+                head = tile * HEADS + line // WP
+                token = tl.where(head < R, block_token, -1)
+                head = (g * R + head).to(tl.int64)
+                cell = head * (blocks * W) + block * W + place
+                x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
+                dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
+                ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
+                dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
+                logits = dot(x, tl.trans(keys), PRECISION) * scaling
+                logits = tl.where((at >= 0)[None, :], logits, float("-inf"))
+                p, d_logits = exact_gradient(logits, dy, dl, ls, values, scaling, PRECISION)
+                dk += dot(tl.trans(d_logits.to(OPERAND)), x, PRECISION)
+                dv += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
+            # A key may sit in the slots of many blocks.
+            dim = tl.arange(0, DP)
+            here = batch * sgb + g * sgg + at.to(tl.int64)[:, None] * sgl + dim[None, :]
+            inside = (at >= 0)[:, None] & (dim < D)[None, :]
+            tl.atomic_add(d_slot_key + here, dk, mask=inside, sem="relaxed")
+            tl.atomic_add(d_slot_value + here, dv, mask=inside, sem="relaxed")
 
 
 @triton.jit
 def key_kernel(
-    q, k, v, do, dk, dv, d_slot_key, d_slot_value, entry_table, query_token, key_token, key_position,
+    q, k, v, do, dk, dv, d_slot_key, d_slot_value, entry_table, query_token, key_token, key_position, slot_token,
     log_sum, delta, scaling, blocks,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sdb, sdh, sdl, sgb, sgg, sgl, one_batch,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
+    PART: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dk` and `dv` of an entry's keys from the queries of its own block and the next; `entry_table` names both."""
     entry, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -266,8 +302,16 @@ def key_kernel(
     is_key = (key_at >= 0) & (position + slot >= SINKS)
     keys = load_rows(k + batch * skb + g * skg, key_at, skl, D, DP, OPERAND)
     values = load_rows(v + batch * svb + g * svg, key_at, svl, D, DP, OPERAND)
-    new_dk = tl.zeros((WP, DP), tl.float32)
-    new_dv = tl.zeros((WP, DP), tl.float32)
+    if H > 0:
+        # Nothing was written for other keys: they enter at the next entry, if ever, and a block has to see it.
+        after = entry + tl.where(tl.load(entry_table + 3 * entry + 2) >= 0, 1, 0)
+        seen = (after > entry) & (tl.load(entry_table + 3 * after + 2) >= 0)
+        retained = retained_at(tl.where(seen, key_at, -1), after, slot_token, g, G, WP, H, HP, PART)
+        new_dk = load_rows(d_slot_key + batch * sgb + g * sgg, retained, sgl, D, DP, tl.float32)
+        new_dv = load_rows(d_slot_value + batch * sgb + g * sgg, retained, sgl, D, DP, tl.float32)
+    else:
+        new_dk = tl.zeros((WP, DP), tl.float32)
+        new_dv = tl.zeros((WP, DP), tl.float32)
     for step in range(2 * TILES):
         later = step // TILES
         named = tl.load(entry_table + 3 * entry + 1 + later).to(tl.int64)
@@ -287,8 +331,5 @@ def key_kernel(
         d_logits = p * (dot(dy, tl.trans(values), PRECISION) - dl[:, None]) * scaling
         new_dk += dot(tl.trans(d_logits.to(OPERAND)), x, PRECISION)
         new_dv += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
-    if H > 0:
-        new_dk += load_rows(d_slot_key + batch * sgb + g * sgg, key_at, sgl, D, DP, tl.float32)
-        new_dv += load_rows(d_slot_value + batch * sgb + g * sgg, key_at, sgl, D, DP, tl.float32)
     store_rows(dk + batch * sgb + g * sgg, key_at, sgl, new_dk, D, DP)
     store_rows(dv + batch * sgb + g * sgg, key_at, sgl, new_dv, D, DP)

@@ -195,6 +195,27 @@ def priority_level(priority, block, FADE: tl.constexpr):
 
 
 @triton.jit
+def forecast_octaves(weight, key, value, d, D: tl.constexpr):
+    """Sums (N,) over the coordinates `d` (P,) of `retention.forecast`, of keys and values (N, P) in float32."""
+    here = d < D
+    a = tl.load(weight + d, mask=here, other=0.0)[None, :]
+    b = tl.load(weight + D + d, mask=here, other=0.0)[None, :]
+    c = tl.load(weight + 2 * D + d, mask=here, other=0.0)[None, :]
+    e = tl.load(weight + 3 * D + d, mask=here, other=0.0)[None, :]
+    return tl.sum(key * (a + key * b) + value * (c + value * e), 1)
+
+
+@triton.jit
+def foreseen_level(priority, block, factor, octaves, FADE: tl.constexpr):
+    """`retention.priority_level` with foresight, from the sums of `forecast_octaves`."""
+    # 60 octaves at the most, rounded down to 16ths; 107 << 12 is the level of 2^-20.
+    steps = tl.floor(tl.minimum(tl.maximum(octaves, -60.0), 60.0) * 16.0).to(tl.int32)
+    level = tl.maximum(priority.to(tl.int32, bitcast=True) >> 11, 107 << 12).to(tl.float32)
+    level = tl.floor(factor * level).to(tl.int32) + steps * 256 + (block * FADE).to(tl.int32)
+    return tl.where(priority > float("-inf"), level.to(tl.float32), float("-inf"))
+
+
+@triton.jit
 def sort_keys(level, top, place):
     """Non-negative integers without ties that sort keys by level and then by place, the earlier one above.
 

@@ -1,8 +1,9 @@
-"""The one-token step as a single kernel launch: `recurrent.attend_token`, with the state updated in place.
+"""The one-token step as a kernel launch, or two: `recurrent.attend_token`, with the state updated in place.
 
-One launch a layer, on memory that never moves, without a look at any value on the host: it can be captured in a CUDA
-graph, for rows at different positions, inactive ones among them. Registered with PyTorch as
-`srf_retrofit::decode_step`, so that `torch.compile(fullgraph=True)` sees one opaque operator.
+One launch a layer, and one before it that projects the queries where there are many of them (`LINES`); on memory that
+never moves, without a look at any value on the host: they can be captured in a CUDA graph, for rows at different
+positions, inactive ones among them. Registered with PyTorch as `srf_retrofit::decode_step`, so that
+`torch.compile(fullgraph=True)` sees one opaque operator.
 
 Bytes that a step must move, per row and key/value head of `D` dimensions, with `e` bytes a number of the model and `f`
 of the state's values, `p` tokens of the current block before this one, `R` query heads:
@@ -12,8 +13,9 @@ of the state's values, `p` tokens of the current block before this one, `R` quer
 - write: `2 e D` the new key and value, `4 (w + p)` priorities, `e D R` outputs.
 
 With `D = M = 64`, `w = 32`, `s = 4`, `h = 64` in bfloat16, and values in float32: 48 KB at `p = 16`, where the keys and
-values of softmax attention take 256 bytes a token. The feature map is shared by all rows and stays in the caches. In
-the pure form, features are read and written. One step in `w` also folds the block that leaves: its keys are read once
+values of softmax attention take 256 bytes a token. The feature map is shared by all rows and stays in the caches; with
+many rows even that costs time, as every program fetches and splits it (32 KB at these sizes) for a few queries. In the
+pure form, features are read and written. One step in `w` also folds the block that leaves: its keys are read once
 more, features and retained keys read and written.
 """
 
@@ -33,7 +35,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .triton_decode_kernel import decode_kernel
+    from .triton_decode_kernel import decode_kernel, project_kernel
 except ImportError:  # checkpoints travel to machines without it, where `available` says so
     triton = None
 
@@ -44,18 +46,21 @@ LARGEST_WINDOW = 128
 LARGEST_DIM = 256
 # Keys of a block that is folded, padded to powers of two: several times that must fit into shared memory.
 LARGEST_BLOCK_BYTES = 32768
+# From so many queries a key/value head on, they are projected by a launch of its own, this many in a program.
+LINES = 64
 
 # Types of the operands of products.
 _OPERANDS = (
     {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32} if triton is not None else {}
 )
 _MAP_FIELDS = ("weight", "bias", "norm_weight", "norm_bias")
-_MAP_NAMES = [f"{side}_{field}" for side in FoldedMap._fields for field in _MAP_FIELDS]
+_SIDES = ("query", "key")
+_MAP_NAMES = [f"{side}_{field}" for side in _SIDES for field in _MAP_FIELDS]
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? active, "
     + ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(SRFState._fields))
     + "".join(f", Tensor{'?' if 'norm' in name else ''} {name}" for name in _MAP_NAMES)
-    + ", int delay, int fade, float scaling, bool use_tail) -> Tensor"
+    + ", Tensor? foresight, int delay, int fade, float scaling, bool use_tail) -> Tensor"
 )
 
 
@@ -128,7 +133,7 @@ def decode_step_(
         that require one are refused where gradients are enabled.
     """
     _check(q, k, v, active, state, maps, config)
-    tensors = (q, k, v, active, *state, *maps.query, *maps.key)
+    tensors = (q, k, v, active, *state, *maps.query, *maps.key, maps.foresight)
     delay = min(config.retention_delay, config.window // 2)
     # The operator's dispatch costs more than the kernel at small batches, so it is for graphs alone.
     step = decode_step if torch.compiler.is_compiling() else _launch
@@ -139,8 +144,8 @@ def _launch(*arguments: Any) -> torch.Tensor:
     """The operator `srf_retrofit::decode_step`; arguments as in its schema."""
     q, k, v, active, *rest = arguments
     state = SRFState(*rest[:12])
-    maps = [None if x is None else x.contiguous() for x in rest[12:20]]
-    delay, fade, scaling, use_tail = rest[20:]
+    maps = [None if x is None else x.contiguous() for x in rest[12:21]]
+    delay, fade, scaling, use_tail = rest[21:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     b, heads, _, d = q.shape
     g, m = state.k_sum.shape[1:]
@@ -149,6 +154,8 @@ def _launch(*arguments: Any) -> torch.Tensor:
     if b == 0:
         return out
     dp = _power(d)
+    lines = b * (heads // g)
+    projected = use_tail and m > 0 and lines >= LINES
     half = q.dtype != torch.float32
     # Rows of a matrix that are handled at a time: float32 products run without tensor cores and take more registers.
     tile = max(16, min(64, 4096 // dp)) if half else 16
@@ -158,18 +165,27 @@ def _launch(*arguments: Any) -> torch.Tensor:
         "W": w, "WP": _power(2 * w), "EP": _power(w), "S": s, "SP": _power(s),
         "H": h, "HT": slots, "POOL": _power(h + w), "DELAY": delay, "FADE": fade,
         "MT": min(_power(m), tile), "NT": min(dp, tile), "FT": min(_power(m), tile, 32),
-        "TAIL": use_tail, "MASKED": active is not None,
+        "TAIL": use_tail, "PROJECTED": projected, "MASKED": active is not None,
         "QUERY_MATRIX": maps[2] is not None, "QUERY_SHIFT": maps[3] is not None,
-        "KEY_MATRIX": maps[6] is not None, "KEY_SHIFT": maps[7] is not None,
+        "KEY_MATRIX": maps[6] is not None, "KEY_SHIFT": maps[7] is not None, "FORESIGHT": maps[8] is not None,
         # The interpreter multiplies no bfloat16 matrices.
         "OPERAND": _OPERANDS[torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype],
         "num_stages": 1,
         # Registers for three programs of four warps on a multiprocessor, which hides the loads of each behind others.
         **({"num_warps": 4, "maxnreg": 168} if half and dp <= 64 and w <= 64 else {"num_warps": 8}),
     }  # fmt: skip
+    query_logs = torch.empty((b, heads, m), dtype=torch.float32, device=q.device) if projected else None
     with torch.cuda.device_of(q):
+        if projected:
+            names = ("G", "R", "D", "DP", "M", "MT", "NT", "OPERAND", "num_stages")
+            project_kernel[(-(-lines // LINES), g)](
+                q, query_logs, *maps[:4], scaling**0.5, lines, q.stride(0), q.stride(1),
+                LINES=_power(LINES), MATRIX=sizes["QUERY_MATRIX"], SHIFT=sizes["QUERY_SHIFT"], num_warps=4,
+                **{n: sizes[n] for n in names},
+            )  # fmt: skip
         decode_kernel[(b, g)](
-            q, k, v, out, None if active is None else active.view(torch.uint8), *state, *maps, scaling, scaling**0.5,
+            q, k, v, out, None if active is None else active.view(torch.uint8), query_logs, *state, *maps,
+            scaling, scaling**0.5,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             0 if active is None else active.stride(0), **sizes,
         )  # fmt: skip
@@ -236,8 +252,8 @@ def _check(
             raise ValueError(f"state.{name} must be contiguous, as it is updated in place; got strides {x.stride()}")
     shapes = {"weight": (g, config.num_features, d), "bias": (g, config.num_features)}
     shapes |= {"norm_weight": (g, d, d), "norm_bias": (g, d)}
-    for side, folded in zip(FoldedMap._fields, maps, strict=True):
-        for name, part in zip(_MAP_FIELDS, folded, strict=True):
+    for side in _SIDES:
+        for name, part in zip(_MAP_FIELDS, getattr(maps, side), strict=True):
             if part is not None and (
                 part.shape != shapes[name] or part.dtype != torch.float32 or part.device != q.device
             ):

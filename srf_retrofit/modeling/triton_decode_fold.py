@@ -13,9 +13,11 @@ try:
 except ImportError:  # passed on: `triton_decode` reports it, and a loader that scans for imports sees an optional one
     raise
 
-from .triton_common import priority_level, sort_keys
+from .triton_common import forecast_octaves, foreseen_level, priority_level, sort_keys
 
 LOG_ZERO = tl.constexpr(-1e30)
+# Coordinates of a key at a time, where a whole pool of them is held.
+FEW = tl.constexpr(16)
 
 
 @triton.jit
@@ -150,12 +152,24 @@ def move_kept(
 
 
 @triton.jit
+def octaves_of(weight, window_key, window_value, slot, here, d0, FEW: tl.constexpr, D: tl.constexpr):
+    """The share of the coordinates `d0` to `d0 + FEW` in the forecast of the window's keys `slot` (POOL,)."""
+    d = d0 + tl.arange(0, FEW)
+    at = slot[:, None] * D + d[None, :]
+    mask = here[:, None] & (d < D)[None, :]
+    key = tl.load(window_key + at, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(window_value + at, mask=mask, other=0.0).to(tl.float32)
+    return forecast_octaves(weight, key, value, d, D)
+
+
+@triton.jit
 def finish_block(
     position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
-    retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, root,
+    retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, foresight, root,
     W: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     EP: tl.constexpr, POOL: tl.constexpr, MOVE: tl.constexpr, MT: tl.constexpr, NT: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr, FADE: tl.constexpr,
+    FORESIGHT: tl.constexpr,
 ):  # fmt: skip
     """After the last token of a block, at `position`: the block before leaves the window, this one takes its place.
 
@@ -174,7 +188,14 @@ def finish_block(
         arrives = (slot >= 0) & (slot < W) & (first + slot >= S)
         priority = tl.load(retained_priority + i, mask=i < H, other=float("-inf"))
         arriving = tl.load(window_priority + slot, mask=arrives, other=float("-inf"))
-        priority = tl.where(i < H, priority, priority_level(arriving, first // W, FADE))
+        if FORESIGHT:
+            octaves = tl.zeros((POOL,), tl.float32)
+            for d0 in range(0, D, FEW):
+                octaves += octaves_of(foresight + 1, window_key, window_value, slot, arrives, d0, FEW, D)
+            arriving = foreseen_level(arriving, first // W, tl.load(foresight), octaves, FADE)
+        else:
+            arriving = priority_level(arriving, first // W, FADE)
+        priority = tl.where(i < H, priority, arriving)
         rank = sort_keys(priority, tl.max(priority, 0), i)
         rank = tl.where(i < H + W, rank, -0x7FFFFFFF)
         # At least H places are >= low, fewer than H are >= high.

@@ -44,6 +44,62 @@ def add_tile(top, total, out, logits, value, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def load_features(kv_mean, k_sum, k_max, start, M: tl.constexpr, MT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Mean values (MT, DP), masses and references (MT,) of the features from `start` on."""
+    m = start + tl.arange(0, MT)
+    mass = tl.load(k_sum + m, mask=m < M, other=0.0)
+    mark = tl.load(k_max + m, mask=m < M, other=0.0)
+    return load_stream(kv_mean, m, m < M, D, DP), mass, mark
+
+
+@triton.jit
+def project_query(
+    x, weight, bias, half, root, start, M: tl.constexpr, MT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Log-features (RP, MT) of the queries from feature `start` on; `-inf` where there is none."""
+    m = start + tl.arange(0, MT)
+    logits = dot_weight(x, load_rows(weight, m, m < M, D, DP)) * root
+    logits += tl.load(bias + m, mask=m < M, other=0.0)[None, :] - half[:, None]
+    return tl.where((m < M)[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def load_projected(base, start, R: tl.constexpr, RP: tl.constexpr, M: tl.constexpr, MT: tl.constexpr):
+    """What `project_kernel` left for one row and head: as `project_query`."""
+    r, m = tl.arange(0, RP), start + tl.arange(0, MT)
+    logits = tl.load(base + r[:, None] * M + m[None, :], mask=(r < R)[:, None] & (m < M)[None, :], other=0.0)
+    return tl.where((m < M)[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def project_kernel(
+    q, out, weight, bias, norm_weight, norm_bias, root, lines, sqb, sqh,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MT: tl.constexpr,
+    NT: tl.constexpr, LINES: tl.constexpr, MATRIX: tl.constexpr, SHIFT: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Log-features (B, G, R, M) of the queries of many rows.
+
+    `LINES` queries of one key/value head share a program, and so the map, which every program of `decode_kernel` would
+    fetch and split for itself.
+    """
+    g = tl.program_id(1).to(tl.int64)
+    line, d = tl.program_id(0) * LINES + tl.arange(0, LINES), tl.arange(0, DP)
+    here = line < lines
+    b, r = (line // R).to(tl.int64), line % R
+    at = q + b[:, None] * sqb + (g * R + r)[:, None] * sqh + d[None, :]
+    x = tl.load(at, mask=here[:, None] & (d < D)[None, :], other=0.0).to(OPERAND)
+    half = half_square(
+        x, norm_weight + g * (D * D) if MATRIX else norm_weight, norm_bias + g * D if SHIFT else norm_bias,
+        root, LINES, D, DP, NT, MATRIX, SHIFT,
+    )  # fmt: skip
+    for m0 in range(0, M, MT):
+        m = m0 + tl.arange(0, MT)
+        logits = project_query(x, weight + g * (M * D), bias + g * M, half, root, m0, M, MT, D, DP)
+        to = out + ((b * G + g) * R + r)[:, None] * M + m[None, :]
+        tl.store(to, logits, mask=here[:, None] & (m < M)[None, :])
+
+
+@triton.jit
 def half_square_of_key(
     key, norm_weight, norm_bias, root, D: tl.constexpr, DP: tl.constexpr, NT: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
@@ -70,18 +126,19 @@ def half_square_of_key(
 
 @triton.jit
 def decode_kernel(
-    q, k, v, out, active,
+    q, k, v, out, active, query_logs,
     kv_mean, k_sum, k_max, window_key, window_value, window_priority, sink_key, sink_value,
     retained_key, retained_value, retained_priority, length,
     query_weight, query_bias, query_norm_weight, query_norm_bias,
-    key_weight, key_bias, key_norm_weight, key_norm_bias,
+    key_weight, key_bias, key_norm_weight, key_norm_bias, foresight,
     scaling, root, sqb, sqh, skb, skg, svb, svg, sab,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, EP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     H: tl.constexpr, HT: tl.constexpr, POOL: tl.constexpr, DELAY: tl.constexpr,
     MT: tl.constexpr, NT: tl.constexpr, FT: tl.constexpr,
-    TAIL: tl.constexpr, MASKED: tl.constexpr, QUERY_MATRIX: tl.constexpr, QUERY_SHIFT: tl.constexpr,
-    KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr, OPERAND: tl.constexpr, FADE: tl.constexpr,
+    TAIL: tl.constexpr, PROJECTED: tl.constexpr, MASKED: tl.constexpr,
+    QUERY_MATRIX: tl.constexpr, QUERY_SHIFT: tl.constexpr, KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr,
+    OPERAND: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, G): rows of one head run side by side and share its feature map in the caches.
 
@@ -112,6 +169,8 @@ def decode_kernel(
         key_norm_weight += g * (D * D)
     if KEY_SHIFT:
         key_norm_bias += g * D
+    if FORESIGHT:
+        foresight += g * (1 + 4 * D)
 
     position = tl.load(length + b).to(tl.int32)
     if MASKED:
@@ -154,9 +213,16 @@ def decode_kernel(
         rv = load_stream(retained_value, j, j < H, D, DP)
 
     if TAIL:
-        half = half_square(
-            x, query_norm_weight, query_norm_bias, root, RP, D, DP, NT, QUERY_MATRIX, QUERY_SHIFT
-        )  # fmt: skip
+        if PROJECTED:
+            query_logs += at * (R * M)
+            projected = load_projected(query_logs, 0, R, RP, M, MT)
+        else:
+            half = half_square(
+                x, query_norm_weight, query_norm_bias, root, RP, D, DP, NT, QUERY_MATRIX, QUERY_SHIFT
+            )  # fmt: skip
+            if M <= MT:
+                # All features in one tile: projected before any key is looked at, while the keys are on their way.
+                projected = project_query(x, query_weight, query_bias, half, root, 0, M, MT, D, DP)
 
     top = tl.full((RP,), LOWEST, tl.float32)
     total = tl.zeros((RP,), tl.float32)
@@ -174,6 +240,9 @@ def decode_kernel(
         top, total, o = add_tile(top, total, o, logits, wv, OPERAND)
         tl.store(window_key + (W + phase) * D + d, new_key, mask=d < columns)
         tl.store(window_value + (W + phase) * D + d, new_value, mask=d < columns)
+    if TAIL or (W == 0):
+        # On their way while the retained keys are taken.
+        stored, mass, mark = load_features(kv_mean, k_sum, k_max, 0, M, MT, D, DP)
     if H > 0:
         # The largest probability, over the query heads, of each key among sinks and window; `retention.round_priority`.
         p = tl.exp(logits - (top + tl.log(total))[:, None])
@@ -183,14 +252,16 @@ def decode_kernel(
         tl.debug_barrier()
         tl.store(window_priority + slot, priority, mask=counts)
         for h0 in range(0, H, HT):
-            n = h0 + HT + tl.arange(0, HT)
-            next_rp = tl.load(retained_priority + n, mask=n < H, other=float("-inf"))
-            next_rk = load_stream(retained_key, n, n < H, D, DP)
-            next_rv = load_stream(retained_value, n, n < H, D, DP)
+            if H > HT:
+                n = h0 + HT + tl.arange(0, HT)
+                next_rp = tl.load(retained_priority + n, mask=n < H, other=float("-inf"))
+                next_rk = load_stream(retained_key, n, n < H, D, DP)
+                next_rv = load_stream(retained_value, n, n < H, D, DP)
             logits_h = tl.dot(x, tl.trans(rk.to(OPERAND)), input_precision="ieee") * scaling
             logits_h = tl.where((rp > float("-inf"))[None, :], logits_h, float("-inf"))
             top, total, o = add_tile(top, total, o, logits_h, rv, OPERAND)
-            rp, rk, rv = next_rp, next_rk, next_rv
+            if H > HT:
+                rp, rk, rv = next_rp, next_rk, next_rv
 
     if W == 0:
         # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
@@ -200,15 +271,12 @@ def decode_kernel(
         key_half = half_square_of_key(key, key_norm_weight, key_norm_bias, root, D, DP, NT, KEY_MATRIX, KEY_SHIFT)
     if TAIL or (W == 0):
         for m0 in range(0, M, MT):
-            m = m0 + tl.arange(0, MT)
-            here = m < M
-            if TAIL:
-                weight = load_rows(query_weight, m, here, D, DP)
-                bias = tl.load(query_bias + m, mask=here, other=0.0)
-            stored = load_stream(kv_mean, m, here, D, DP)
-            mass = tl.load(k_sum + m, mask=here, other=0.0)
-            mark = tl.maximum(tl.load(k_max + m, mask=here, other=0.0), LOG_ZERO)
+            if M > MT:
+                next_stored, next_mass, next_mark = load_features(kv_mean, k_sum, k_max, m0 + MT, M, MT, D, DP)
+            mark = tl.maximum(mark, LOG_ZERO)
             if W == 0:
+                m = m0 + tl.arange(0, MT)
+                here = m < M
                 log_key = tl.sum(load_rows(key_weight, m, here, D, DP) * key[None, :], 1) * root
                 log_key += tl.load(key_bias + m, mask=here, other=0.0) - key_half
                 log_key = tl.where(folds, log_key, float("-inf"))
@@ -225,10 +293,16 @@ def decode_kernel(
                 tl.store(k_sum + m, mass, mask=changes)
                 tl.store(k_max + m, highest, mask=changes)
             if TAIL:
-                logits_m = dot_weight(x, weight) * root
-                logits_m += (bias + mark + tl.log(tl.maximum(mass, 0.5)))[None, :] - half[:, None]
-                logits_m = tl.where(here[None, :], logits_m, float("-inf"))
+                if M <= MT:
+                    logits_m = projected
+                elif PROJECTED:
+                    logits_m = load_projected(query_logs, m0, R, RP, M, MT)
+                else:
+                    logits_m = project_query(x, query_weight, query_bias, half, root, m0, M, MT, D, DP)
+                logits_m += (mark + tl.log(tl.maximum(mass, 0.5)))[None, :]
                 top, total, o = add_tile(top, total, o, logits_m, stored, OPERAND)
+            if M > MT:
+                stored, mass, mark = next_stored, next_mass, next_mark
     if not TAIL:
         # As without kernels: a weightless key in the features' place.
         highest = tl.maximum(top, LOG_ZERO)
@@ -243,6 +317,6 @@ def decode_kernel(
             finish_block(
                 position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
                 retained_key, retained_value, retained_priority,
-                key_weight, key_bias, key_norm_weight, key_norm_bias, root,
-                W, S, H, M, D, DP, EP, POOL, FT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, FADE,
+                key_weight, key_bias, key_norm_weight, key_norm_bias, foresight, root,
+                W, S, H, M, D, DP, EP, POOL, FT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, FADE, FORESIGHT,
             )  # fmt: skip

@@ -37,6 +37,12 @@ SPREAD = tl.constexpr(60.0)
 
 
 @triton.jit
+def first_key(is_key, WP: tl.constexpr):
+    """The first place of a block (WP,) that holds a key; sinks before it are exact and would begin a part in vain."""
+    return tl.min(tl.where(is_key, tl.arange(0, WP), WP), 0)
+
+
+@triton.jit
 def reference_from(b, past, first, WP: tl.constexpr):
     """The reference (M,) of the keys from `first` on, and the first key that it does not serve any more."""
     key = tl.arange(0, WP)
@@ -58,14 +64,13 @@ def factors(a, b, reference, first, after, WP: tl.constexpr, OPERAND: tl.constex
 
 
 @triton.jit
-def in_block_logits(a, b, past, WP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def in_block_logits(a, b, past, first, WP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """`log sum_r e^{a_ir + b_jr}`, (N, WP), where key `j` is not after query `i`; anything elsewhere.
 
     a (N, M) and b (WP, M) are log-features of queries and of the block's own keys, `past` (M,) the log-masses of the
-    features of all earlier keys.
+    features of all earlier keys, and `first` is the `first_key`.
     """
     logits = tl.zeros((a.shape[0], WP), tl.float32)
-    first = tl.min(tl.arange(0, WP), 0)
     while first < WP:
         reference, after = reference_from(b, past, first, WP)
         query, key, top, inside = factors(a, b, reference, first, after, WP, OPERAND)
@@ -77,7 +82,7 @@ def in_block_logits(a, b, past, WP: tl.constexpr, OPERAND: tl.constexpr, PRECISI
 
 @triton.jit
 def in_block_query_gradient(
-    a, b, past, log_sum, d_weight, WP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+    a, b, past, first, log_sum, d_weight, WP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Gradient of `a` (N, M) through the pairs inside a block.
 
@@ -86,7 +91,6 @@ def in_block_query_gradient(
     `x_ij = e^{top_i - l_i} d_weight_ij`.
     """
     da = tl.zeros((a.shape[0], a.shape[1]), tl.float32)
-    first = tl.min(tl.arange(0, WP), 0)
     while first < WP:
         reference, after = reference_from(b, past, first, WP)
         query, key, top, _inside = factors(a, b, reference, first, after, WP, OPERAND)
@@ -99,12 +103,12 @@ def in_block_query_gradient(
 
 @triton.jit
 def in_block_key_gradient(
-    a, b, past, log_sum, d_weight, visible, WP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
+    a, b, past, first, log_sum, d_weight, visible,
+    WP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `b` (WP, M), as `in_block_query_gradient`, and the probabilities (N, WP) of the block's own keys."""
     db = tl.zeros((b.shape[0], b.shape[1]), tl.float32)
     probability = tl.zeros((a.shape[0], WP), tl.float32)
-    first = tl.min(tl.arange(0, WP), 0)
     while first < WP:
         reference, after = reference_from(b, past, first, WP)
         query, key, top, inside = factors(a, b, reference, first, after, WP, OPERAND)
@@ -140,6 +144,7 @@ def in_block_key_kernel(
     key_at = tl.load(key_token + (entry + 1) * W + slot, mask=slot < W, other=-1)
     is_key = (key_at >= 0) & (tl.load(key_position + entry + 1) + slot >= SINKS)
     visible = is_key[None, :] & (slot[None, :] <= place[:, None])
+    first = first_key(is_key, WP)
     keys = load_rows(k + batch * skb + g * skg, key_at, skl, D, DP, OPERAND)
     values = load_rows(v + batch * svb + g * svg, key_at, svl, D, DP, OPERAND)
     own_half = tl.load(key_half + (batch * G + g) * pool + key_at, mask=key_at >= 0, other=0.0)
@@ -167,7 +172,7 @@ def in_block_key_kernel(
             d_p = dot(do_heads, tl.trans(values), PRECISION) - dl[:, None]
             a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
             a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
-            p, more = in_block_key_gradient(a, b, past, ls, d_p, visible, WP, OPERAND, PRECISION)
+            p, more = in_block_key_gradient(a, b, past, first, ls, d_p, visible, WP, OPERAND, PRECISION)
             db += more
             dy += dot(tl.trans(p.to(OPERAND)), do_heads, PRECISION)
         w = load_part(key_weight + g * M * D, start, M, FEATURES, D, DP)

@@ -12,7 +12,15 @@ try:
 except ImportError:  # see triton_common
     raise
 
-from .triton_common import dot, load_rows, load_rows_of_heads, priority_level, sort_keys
+from .triton_common import (
+    dot,
+    forecast_octaves,
+    foreseen_level,
+    load_rows,
+    load_rows_of_heads,
+    priority_level,
+    sort_keys,
+)
 
 
 @triton.jit
@@ -91,6 +99,22 @@ def priority_kernel(
 
 
 @triton.jit
+def forecast_kernel(
+    k, v, foresight, octaves, skb, skg, skl, svb, svg, svl, pool,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What `retention.forecast` foresees of every key of the pool, before it is rounded: (B, G, E + L)."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, DP)
+    here = (token < pool)[:, None] & (d < D)[None, :]
+    key = tl.load(k + b * skb + g * skg + token[:, None] * skl + d[None, :], mask=here, other=0.0).to(tl.float32)
+    value = tl.load(v + b * svb + g * svg + token[:, None] * svl + d[None, :], mask=here, other=0.0).to(tl.float32)
+    out = forecast_octaves(foresight + g * (1 + 4 * D) + 1, key, value, d, D)
+    tl.store(octaves + (b * G + g) * pool + token, out, mask=token < pool)
+
+
+@triton.jit
 def part_keys(priority, top, first: tl.constexpr, count: tl.constexpr, COUNT: tl.constexpr):
     """`triton_common.sort_keys` of a part of the pool, whose place `first + i` holds `priority[i]`; padding is last."""
     place = first + tl.arange(0, COUNT)
@@ -150,9 +174,9 @@ def entry_priority(
 @triton.jit
 def rank_run_kernel(
     run_table, block_row, row_block, key_token, key_position, block_full, received, start_priority,
-    run_token, run_priority, priority, slot_token, slot_priority, fold_token,
+    foresight, octaves, one_batch, pool, run_token, run_priority, priority, slot_token, slot_priority, fold_token,
     G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, SINKS: tl.constexpr,
-    FADE: tl.constexpr, WRITE: tl.constexpr, START: tl.constexpr,
+    D: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr, WRITE: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """The competition of one head along a run of blocks; on indices only.
 
@@ -166,6 +190,9 @@ def rank_run_kernel(
     row_first, row_last = tl.load(row_block + row), tl.load(row_block + row + 1)
     slot, key = tl.arange(0, HP), tl.arange(0, WP)
     place = (run * G + g) * H
+    if FORESIGHT:
+        octaves += (tl.where(one_batch > 0, 0, row).to(tl.int64) * G + g) * pool
+        factor = tl.load(foresight + g * (1 + 4 * D))
     if WRITE:
         kept = tl.load(run_token + place + slot, mask=slot < H, other=-1)
         kept_priority = tl.load(run_priority + place + slot, mask=slot < H, other=float("-inf"))
@@ -179,7 +206,12 @@ def rank_run_kernel(
         full = tl.load(block_full + block) > 0
         token = tl.load(key_token + entry * W + key, mask=key < W, other=-1)
         token = tl.where(tl.load(key_position + entry) + key >= SINKS, token, -1)
-        level = priority_level(top, tl.load(key_position + entry) // W, FADE)
+        first_block = tl.load(key_position + entry) // W
+        if FORESIGHT:
+            seen = tl.load(octaves + token, mask=token >= 0, other=0.0)
+            level = foreseen_level(top, first_block, factor, seen, FADE)
+        else:
+            level = priority_level(top, first_block, FADE)
         rival = tl.where((token >= 0) & full, level, float("-inf"))
         new, new_priority, stays, enters = compete(kept, kept_priority, token, rival, H, HP, W, WP)
         if WRITE:

@@ -95,6 +95,14 @@ def test_every_step_equals_the_recurrent_one(mode, sizes) -> None:
         layer.check(*layer.token(), active)
 
 
+@pytest.mark.parametrize(("mode", "sizes"), [CASES[i] for i in (0, 3, 4, 5)], ids=str)
+def test_many_rows_have_their_queries_projected_together(mode, sizes, monkeypatch) -> None:
+    monkeypatch.setattr(triton_decode, "LINES", 2)
+    layer = Layer(mode, **(sizes | {"rows": 7}))
+    for step in range(mode[0] + 2):
+        layer.check(*layer.token(), torch.tensor([True, step % 3 != 1, True, True, step % 2 == 0, True, True]))
+
+
 @pytest.mark.parametrize(
     ("dtype", "state_dtype", "mode"),
     [
@@ -165,7 +173,20 @@ def test_operator_is_registered_as_pytorch_asks(geometry) -> None:
     active = torch.tensor([True])
     torch.library.opcheck(
         decode_step,
-        (q, k, v, active, *layer.mine, *layer.maps.query, *layer.maps.key, 1, layer.config.fade, layer.scaling, True),
+        (
+            q,
+            k,
+            v,
+            active,
+            *layer.mine,
+            *layer.maps.query,
+            *layer.maps.key,
+            layer.maps.foresight,
+            1,
+            layer.config.fade,
+            layer.scaling,
+            True,
+        ),
     )
 
 
@@ -179,7 +200,7 @@ def test_a_second_copy_of_the_file_may_be_loaded() -> None:
     layer = Layer((2, 1, 2), rows=1)
     layer.check(*layer.token())
     q, k, v = layer.token()
-    arguments = (*layer.maps.query, *layer.maps.key, 1, layer.config.fade, layer.scaling, True)
+    arguments = (*layer.maps.query, *layer.maps.key, layer.maps.foresight, 1, layer.config.fade, layer.scaling, True)
     states = [SRFState(*(t.clone() for t in layer.mine)) for _ in range(3)]
     expected = layer.fused(q, k, v)
     for op, state in zip((decode_step, copy.decode_step, torch.ops.srf_retrofit.decode_step), states, strict=True):
