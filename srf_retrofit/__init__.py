@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .calibration import calibrate
+from .foresight import calibrate_foresight
 from .modeling.attention import ablated_attention, exact_attention
 from .modeling.cache import state_bytes
 from .modeling.configuration import SRFConfig
 from .modeling.standalone import Attention
 from .surgery import RetrofitPlan, plan_retrofit, retrofit, revert
+from .tail_gain import calibrate_gain
 
 if TYPE_CHECKING:
     from .training.callbacks import ResampleFeaturesCallback, resample_features
@@ -26,6 +28,8 @@ __all__ = [
     "SRFConfig",
     "ablated_attention",
     "calibrate",
+    "calibrate_foresight",
+    "calibrate_gain",
     "exact_attention",
     "plan_retrofit",
     "resample_features",

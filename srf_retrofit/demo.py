@@ -25,6 +25,7 @@ from .calibration import DEFAULT_GEOMETRY, GEOMETRIES, calibrate
 from .data import TextParts, TokenBlocks, load_documents, pack, split_documents
 from .evaluation import perplexity as evaluation
 from .files import atomic_directory, check_writable
+from .foresight import calibrate_foresight, least_row
 from .modeling.configuration import SRFConfig
 from .pretrained import SMOLLM2, load_model
 from .report import write_report
@@ -67,7 +68,8 @@ class DemoSettings:
 
     `steps` optimizer steps of `batch_size` blocks of `length` tokens, at `learning_rate` with linear warm-up and
     cosine decay. `resample` says when features are drawn anew, see `ResampleSchedule`; `weigh_tokens` calibration
-    tokens decide how loud each head's features are, see `tail_gain`, and 0 leaves them as they are.
+    tokens decide how loud each head's features are, see `tail_gain`, and 0 leaves them as they are. With `foresee`
+    the calibration tokens also say which keys are worth a slot, see `foresight`.
     """
 
     model: str = SMOLLM2
@@ -78,6 +80,7 @@ class DemoSettings:
     geometry: str = DEFAULT_GEOMETRY
     calibration_tokens: int = 4096
     weigh_tokens: int = 1024
+    foresee: bool = True
     steps: int = 40
     batch_size: int = 1
     length: int = 512
@@ -157,6 +160,8 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         retrofit(student, settings.srf)
         report = calibrate(student, calibration.batches(1), geometry=settings.geometry, max_tokens=None)
         stage.say(str(report))
+        if settings.foresee and settings.srf.retained and settings.length > least_row(settings.srf):
+            stage.say(str(calibrate_foresight(student, calibration.batches(1))))
         if settings.weigh_tokens and settings.srf.feature_map == "random" and settings.srf.num_features:
             few = calibration.first(max(1, settings.weigh_tokens // settings.length))
             stage.say(str(calibrate_gain(student, few.batches(1))))

@@ -70,9 +70,9 @@ class _Normal:
         b, heads, length, _ = q.shape
         g = k.shape[1]
         # Keys that leave the window while there is enough left to see.
-        last = length - 2 * w - LEAST_FUTURE
-        if last <= s:
+        if length <= least_row(self.config):
             return
+        last = length - 2 * w - LEAST_FUTURE
         received = torch.zeros(b, g, length, device=q.device)
         future = torch.zeros_like(received)
         for head in range(heads):
@@ -147,8 +147,13 @@ def _attention_received(q: torch.Tensor, k: torch.Tensor, config: SRFConfig) -> 
     return now, later
 
 
+def least_row(config: SRFConfig) -> int:
+    """Tokens that a row must have more than, to show what becomes of any key."""
+    return config.sinks + 2 * config.window + LEAST_FUTURE
+
+
 @torch.no_grad()
-def calibrate_foresight(model: nn.Module, batches: Any, *, factor: float | None = None) -> ForesightReport:
+def calibrate_foresight(model: nn.Module, batches: Any, *, factor: float | None = 1.0) -> ForesightReport:
     """Fit which keys are worth a slot, for every key/value head, and write it to the layers' buffers.
 
     The model runs with exact attention. Needs no particular order with `calibrate` and `calibrate_gain`; gains are
@@ -162,10 +167,10 @@ def calibrate_foresight(model: nn.Module, batches: Any, *, factor: float | None 
         Whole rows, without padding, of at least two windows and 128 tokens; rows as long as the contexts that matter
         are better (attention counts for 1,024 tokens after a key has left the window). Some 16 thousand tokens:
         there are `4 D + 2` coefficients a head.
-    factor : float, optional
-        Weight of the attention that a key has received, 0 to 2 in steps of 1/16; by default what fits best, mostly
-        below 1/4. The best fit forgets what was conspicuous once and is not the kind of key that is looked at again:
-        a number to be recalled. A factor of 1 keeps more of it.
+    factor : float or None
+        Weight of the attention that a key has received, 0 to 2 in steps of 1/16. `None` for what fits best, mostly
+        below 1/4: that predicts text a little better untrained, and forgets what was conspicuous once but is not the
+        kind of key that is usually looked at again, such as a number to be recalled.
 
     Returns
     -------
@@ -199,8 +204,8 @@ def calibrate_foresight(model: nn.Module, batches: Any, *, factor: float | None 
             handle.remove()
         for module in training:
             module.training = True
-    least = layers[0].srf_config.sinks + 2 * layers[0].srf_config.window + LEAST_FUTURE
     if not all(mine.count for mine in normal):
+        least = least_row(layers[0].srf_config)
         raise ValueError(f"there was no row of more than {least} tokens to foresee anything on: give longer rows")
     solved = [mine.solve(factor) for mine in normal]
     if not all(bool(torch.isfinite(table).all()) for table, *_ in solved):

@@ -116,7 +116,8 @@ def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail):
         near = (i // w - j // w <= 1) & (j // w - i // w <= 1)
         exact = exact | (visible & near)
     exact = exact.expand(g, length, length).clone()
-    slots, priority, level = [[] for _ in range(g)], None, None
+    slots: Any = [[] for _ in range(g)]
+    priority = level = None
     if config.retained:
         slots, priority, level = _retained_sets(score, exact, kr, vr, maps, config)
     if config.retained:

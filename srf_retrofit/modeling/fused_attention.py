@@ -38,14 +38,6 @@ def why_not_fused(q: torch.Tensor, config: SRFConfig, causal: bool, step: bool =
         return "the device is older than compute capability 8.0"
     if not causal:
         return "there is no kernel for causal=False"
-    # Two runs with sinks, at 16 and at 256 features, ended in an illegal access that is not explained yet; runs without
-    # sinks, at 64 and 128, were right.
-    proven = not config.sinks and min(config.num_features, q.shape[-1]) >= 64
-    if config.is_pure and q.device.type == "cuda" and not step and not proven:
-        return (
-            "the pure form is proven on a GPU without sinks and with at least 64 features and dimensions, not for "
-            f"sinks={config.sinks}, num_features={config.num_features}, head_dim={q.shape[-1]}"
-        )
     limits = {
         "window": (config.window, MAX_WINDOW),
         "num_features": (config.num_features, MAX_FEATURES),

@@ -213,8 +213,8 @@ def with_unused_features(maps: FoldedMap, state: SRFState | None) -> tuple[Folde
 
 def fold(feature_map: FeatureMap) -> FoldedMap:
     """Fold both sides of a feature map; worth keeping while the features do not change."""
-    sides = (fold_feature_map(feature_map, side) for side in ("query", "key"))
-    return FoldedMap(*sides, foresight=feature_map.foresight)
+    query, key = fold_feature_map(feature_map, "query"), fold_feature_map(feature_map, "key")
+    return FoldedMap(query, key, feature_map.foresight)
 
 
 @contextlib.contextmanager

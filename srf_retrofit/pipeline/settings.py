@@ -68,6 +68,9 @@ class DistillSettings:
         Share of rows that ask for what stood far back (`recall_data`), in [0, 1).
     geometry, calibration_tokens, weigh_features
         See `calibration.calibrate` and `tail_gain.calibrate_gain`; for random features.
+    foresee : bool
+        Whether slots go by a forecast, see `foresight.calibrate_foresight`; on the calibration tokens, where rows are
+        long enough.
     transfer_tokens, transfer_learning_rate, transfer_train
         Attention transfer before the logits are matched; 0 tokens leave it out.
     learning_rate, feature_learning_rate, warmup_steps, adam_beta2, max_grad_norm
@@ -131,6 +134,7 @@ class DistillSettings:
     geometry: str = DEFAULT_GEOMETRY
     calibration_tokens: int = 16384
     weigh_features: bool = True
+    foresee: bool = True
     transfer_tokens: int = 0
     transfer_learning_rate: float = 1e-3
     transfer_train: str = "attention"

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..calibration import calibrate
 from ..evaluation.suite import check, evaluate_model, state_cost
 from ..files import atomic_directory
+from ..foresight import calibrate_foresight, least_row
 from ..modeling.attention import srf_attentions
 from ..recipes import to_dict
 from ..surgery import plan_retrofit, retrofit
@@ -100,8 +101,11 @@ def run_retrofit(work: Work, number: int) -> dict[str, Any]:
         found = plan_retrofit(student, s.srf)
         retrofit(student, s.srf)
         result["plan"] = found.to_dict()
+        rows = list(work.text.calibration.batches(s.batch_size))
+        if s.foresee and s.srf.retained and s.length > least_row(s.srf):
+            result["foresight"] = str(calibrate_foresight(student, rows))
+            work.say(result["foresight"])
         if s.random_features:
-            rows = list(work.text.calibration.batches(s.batch_size))
             report = calibrate(student, rows, geometry=s.geometry, max_tokens=None)
             work.say(str(report))
             result["calibration"] = str(report)

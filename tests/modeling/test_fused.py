@@ -178,7 +178,10 @@ def test_gradients_of_projection_and_geometry(mode):
     config, maps = config_of(*mode), random_feature_map(1, 16, 16)
 
     def leaves(folded, *args):
-        sides = (LinearFeatures(*(t.detach().to(*args).requires_grad_() for t in side)) for side in folded)
+        sides = (
+            LinearFeatures(*(t.detach().to(*args).requires_grad_() for t in side))
+            for side in (folded.query, folded.key)
+        )
         return FoldedMap(*sides)
 
     xs = tensors(37)
@@ -187,9 +190,9 @@ def test_gradients_of_projection_and_geometry(mode):
     o, _ = srf_attention(*xs, mine, config, backend="triton")
     expected, _ = srf_attention(*ys, theirs, config, backend="torch")
     weight = torch.randn(o.shape)
-    parameters = [t for side in mine for t in side]
+    parameters = [*mine.query, *mine.key]
     grads = torch.autograd.grad((o * weight.to(o)).sum(), parameters)
-    rights = torch.autograd.grad((expected * weight.double()).sum(), [t for side in theirs for t in side])
+    rights = torch.autograd.grad((expected * weight.double()).sum(), [*theirs.query, *theirs.key])
     scale = rights[0].abs().max().item()
     for i, (a, b) in enumerate(zip(grads, rights, strict=True)):
         assert_close(a.cpu(), b, 1e-5, f"map {i}", least_scale=scale)

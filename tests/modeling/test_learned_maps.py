@@ -121,7 +121,7 @@ def test_learned_features_stand_beside_exact_keys_as_in_lolcats() -> None:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, n, 14, 8, generator=generator) for n in (2, 1, 1))
     o, _ = srf_attention(q, k, v, maps.folded(), config)
-    fq, fk = (log_features(x, side, 1.0).exp() for x, side in zip((q[:, :1], k), maps.folded(), strict=True))
+    fq, fk = (log_features(x, side, 1.0).exp() for x, side in zip((q[:, :1], k), maps.folded()[:2], strict=True))
     fq = torch.stack([log_features(q[:, r : r + 1], maps.folded().query, 1.0).exp()[0, 0] for r in range(2)])
     i = 13  # block 3: exact are the sink and positions 8..13, features stand for 1..7
     exact = [0, *range(8, 14)]
