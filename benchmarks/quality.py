@@ -101,7 +101,9 @@ def one_run(
     if run.get("foresight"):
         # Other rows than those trained on first: there is enough text.
         rows_seen = TokenBlocks(blocks.blocks[-run["foresight"]["rows"] :])
-        out["foresight"] = str(calibrate_foresight(model, rows_seen.batches(2), factor=run["foresight"].get("factor", 1.0)))
+        out["foresight"] = str(
+            calibrate_foresight(model, rows_seen.batches(2), factor=run["foresight"].get("factor", 1.0))
+        )
     if run.get("settle"):
         settle_features(model)
     out["zero_shot"] = judge(model, recall=run.get("recall", False), tasks=False)

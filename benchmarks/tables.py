@@ -126,10 +126,11 @@ def train_gpu_table() -> str:
 
 def quality_table() -> str:
     """Perplexity by form of attention before and after distillation, and recall after it."""
-    results = load("quality-gpu")
+    files = [load(path.stem) for path in sorted(RESULTS.glob("quality-gpu*.json"))]
+    lengths, teacher = files[0]["lengths"], files[0]["teacher"]
 
     def cells(found: dict[str, Any]) -> list[str]:
-        return [f"{found['perplexity']['full'][str(n)]['ppl']:.2f}" for n in results["lengths"]]
+        return [f"{found['perplexity']['full'][str(n)]['ppl']:.2f}" for n in lengths]
 
     def recall(found: dict[str, Any]) -> list[str]:
         if "passkey" not in found:
@@ -138,14 +139,17 @@ def quality_table() -> str:
         near = [x["accuracy"] for x in found["copies"] if x["distance"] == 100]
         return [f"{sum(far) / len(far):.2f}", f"{near[0]:.2f}"]
 
-    teacher = results["teacher"]
-    rows = [["SmolLM2-135M itself (softmax)", "", "", *cells(teacher), *recall(teacher)]]
-    for name, runs in results["runs"].items():
+    rows = []
+    for name, runs in (item for results in files for item in results["runs"].items()):
         for run in (run for run in runs if "trained" in run):
-            state = f"{run['trained']['state']['kv_tokens']:.0f}"
-            rows.append([name, state, *cells(run["zero_shot"])[:1], *cells(run["trained"]), *recall(run["trained"])])
-    header = ["WikiText-2 perplexity", "state, tokens of cache", "untrained, 1k"]
-    return table([*header, *(f"trained, {length(n)}" for n in results["lengths"]), "pass key, 2k", "copy, 100"], rows)
+            trained = run["trained"]
+            state, millions = f"{trained['state']['kv_tokens']:.0f}", f"{run['tokens'] / 1e6:.1f}"
+            rows.append([name, state, millions, *cells(run["zero_shot"])[:1], *cells(trained), *recall(trained)])
+    # The best first; equal budgets stand together.
+    rows.sort(key=lambda row: (-round(float(row[2])), float(row[4])))
+    rows.insert(0, ["SmolLM2-135M itself (softmax)", "", "", "", *cells(teacher), *recall(teacher)])
+    header = ["WikiText-2 perplexity", "state, tokens of cache", "trained on, M tokens", "untrained, 1k"]
+    return table([*header, *(f"trained, {length(n)}" for n in lengths), "pass key, 2k", "copy, 100"], rows)
 
 
 BLOCKS = {"demo": demo_table, "attention": attention_table, "decode": decode_table}

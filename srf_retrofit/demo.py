@@ -161,7 +161,7 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         report = calibrate(student, calibration.batches(1), geometry=settings.geometry, max_tokens=None)
         stage.say(str(report))
         if settings.foresee and settings.srf.retained and settings.length > least_row(settings.srf):
-            stage.say(str(calibrate_foresight(student, calibration.batches(1))))
+            stage.say(str(calibrate_foresight(student, calibration.batches(1), factor=None)))
         if settings.weigh_tokens and settings.srf.feature_map == "random" and settings.srf.num_features:
             few = calibration.first(max(1, settings.weigh_tokens // settings.length))
             stage.say(str(calibrate_gain(student, few.batches(1))))

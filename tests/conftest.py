@@ -28,6 +28,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# The fixtures of the tests that call the command line.
+pytest_plugins = ["shell"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked `gpu` where there is no CUDA device; nothing else is ever skipped.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import llama, run, text  # noqa: F401  (fixtures)
+from shell import run
 
 from srf_retrofit import demo, recipes
 
@@ -18,7 +18,7 @@ def settings(**changes: object) -> demo.DemoSettings:
     return recipes.resolve(demo.DemoSettings, recipes.read_recipe(QUICK), **changes)
 
 
-def test_tiny_demo(llama, text, tmp_path) -> None:  # noqa: F811
+def test_tiny_demo(llama, text, tmp_path) -> None:
     out = tmp_path / "out"
     small = ["--length", "64", "--steps", "30", "--batch-size", "8", "--learning-rate", "1e-3", "--eval-tokens", "2048"]
     state = ["--num-features", "16", "--window", "8", "--sinks", "2", "--retained", "8"]
@@ -35,7 +35,7 @@ def test_tiny_demo(llama, text, tmp_path) -> None:  # noqa: F811
     assert len(spans) == 1
 
 
-def test_refusals_come_before_work(llama, text, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_refusals_come_before_work(llama, text, tmp_path, monkeypatch) -> None:
     def never(*_, **__):
         raise AssertionError("work was begun")
 
@@ -63,7 +63,7 @@ def test_bad_settings(change, message) -> None:
         demo.DemoSettings(**change)
 
 
-def test_a_reload_that_fails_is_said(tmp_path, llama) -> None:  # noqa: F811
+def test_a_reload_that_fails_is_said(tmp_path, llama) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama)

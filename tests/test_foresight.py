@@ -78,7 +78,11 @@ def test_finds_the_keys_that_are_looked_at(model) -> None:
     rows = TokenBlocks(tokens(model, 12, 400))
     held_out = TokenBlocks(tokens(model, 4, 400, seed=2))
     before = torch.tensor(head_errors(model, held_out)).mean()
-    report = calibrate_foresight(model, rows.batches(4))
+    received = calibrate_foresight(model, rows.batches(4))
+    assert {x for row in received.factors.values() for x in row} == {1.0}
+    report = calibrate_foresight(model, rows.batches(4), factor=None)
+    assert report.alone == received.alone
+    assert report.foreseen > received.foreseen
     after = torch.tensor(head_errors(model, held_out)).mean()
     assert report.tokens == 12 * (400 - 16 - foresight.LEAST_FUTURE - 2)
     assert report.foreseen > report.alone + 0.05
@@ -126,6 +130,8 @@ def test_survives_saving_casting_settling_and_revision_two(model, tmp_path) -> N
 
 
 def test_refusals_change_nothing(model) -> None:
+    with pytest.raises(ValueError, match=r"factor must be in 0\.\.2, got 3"):
+        calibrate_foresight(model, [tokens(model, 2, 300)], factor=3)
     with pytest.raises(ValueError, match="no row of more than"):
         calibrate_foresight(model, [tokens(model, 2, 60)])
     assert not any(module.training for module in model.modules())

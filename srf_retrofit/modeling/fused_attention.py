@@ -14,8 +14,9 @@ from .configuration import SRFConfig
 from .feature_map import FoldedMap, LinearFeatures
 from .feature_sums import LOG_ZERO
 from .fused import attend
-from .fused_call import HAS_TRITON, PURE_BLOCK, Sizes, interpreted, sizes_of
+from .fused_call import HAS_TRITON, Sizes, interpreted, sizes_of
 from .fused_forward import slot_tensors
+from .retention import PURE_BLOCK
 from .state import SRFState
 
 # What one program can hold.

@@ -13,6 +13,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .block_tables import BlockTables, block_counts, plan_blocks
+from .retention import PURE_BLOCK
 from .triton_launch import Launcher, integer_class, is_aligned
 
 try:
@@ -23,8 +24,6 @@ except ImportError:
     # The kernels are then not there either, see `fused_forward` and `fused_backward`.
     HAS_TRITON = False
 
-# Block of the pure form, whose length nothing but speed depends on.
-PURE_BLOCK = 64
 # Keys, features included, that a program takes at a time.
 PART = 64
 

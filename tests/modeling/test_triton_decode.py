@@ -98,6 +98,7 @@ def test_every_step_equals_the_recurrent_one(mode, sizes) -> None:
 @pytest.mark.parametrize(("mode", "sizes"), [CASES[i] for i in (0, 3, 4, 5)], ids=str)
 def test_many_rows_have_their_queries_projected_together(mode, sizes, monkeypatch) -> None:
     monkeypatch.setattr(triton_decode, "LINES", 2)
+    monkeypatch.setattr(triton_decode, "MANY_LINES", 2)
     layer = Layer(mode, **(sizes | {"rows": 7}))
     for step in range(mode[0] + 2):
         layer.check(*layer.token(), torch.tensor([True, step % 3 != 1, True, True, step % 2 == 0, True, True]))
