@@ -190,4 +190,5 @@ def test_differentiable_in_inputs_and_geometry() -> None:
         sides = [log_features(x, fold_feature_map(FeatureMap(*tensors), side), 0.3) for side in ("query", "key")]
         return torch.cat(sides, -1)
 
-    assert torch.autograd.gradcheck(both, (x, *(t.requires_grad_() for t in maps)))
+    # All but the last part: foresight ranks keys, and features do not depend on it.
+    assert torch.autograd.gradcheck(both, (x, *(t.requires_grad_() for t in maps[:-1])))
