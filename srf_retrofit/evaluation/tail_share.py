@@ -67,8 +67,8 @@ def tail_shares(model: PreTrainedModel, blocks: TokenBlocks, *, progress: bool =
 
     def add(layer: SRFAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        q, k, _ = layer._project(hidden_states, kwargs["position_embeddings"])
-        shares = attention_shares(q, k, layer.attn_fn.folded(), layer.srf_config, scaling=layer.scaling)
+        q, k, v = layer._project(hidden_states, kwargs["position_embeddings"])
+        shares = attention_shares(q, k, layer.attn_fn.folded(), layer.srf_config, scaling=layer.scaling, v=v)
         sums[id(layer)] = sums.get(id(layer), 0.0) + torch.stack([x.double().sum((0, 2)) for x in shares]).cpu()
 
     handles = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
@@ -86,7 +86,7 @@ def tail_shares(model: PreTrainedModel, blocks: TokenBlocks, *, progress: bool =
 
 @torch.no_grad()
 def attention_shares(
-    q: torch.Tensor, k: torch.Tensor, maps: Any, config: SRFConfig, *, scaling: float
+    q: torch.Tensor, k: torch.Tensor, maps: Any, config: SRFConfig, *, scaling: float, v: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Share of the keys outside the exact ones, of one layer.
 
@@ -96,6 +96,8 @@ def attention_shares(
         After rotary embedding, unscaled.
     maps, config, scaling
         As in `modeling.ops.srf_attention`.
+    v : like `k`, optional
+        Needed where slots go by foresight, which looks at values; shares depend on them in no other way.
 
     Returns
     -------
@@ -109,22 +111,24 @@ def attention_shares(
     b, _, length, d = q.shape
     groups = k.shape[1]
     state = SRFState.empty(config, b, groups, d, dtype=wide, device=q.device)
-    zeros = torch.zeros_like(k)
+    values = torch.zeros_like(k) if v is None else v.to(wide)
     estimated, exact = [], []
     w = config.window
     for start in range(0, length, w):
         at = slice(start, min(start + w, length))
-        # Every value is 0, and every feature's mean value is set to 1 again before each block.
-        state = state._replace(kv_mean=torch.ones_like(state.kv_mean))
+        # Every feature's mean value is set to 1 again before each block, and to 0: the difference is the share.
         exact.append(1 - _exact_mass(q[:, :, at], k, state, config, start, scaling))
         # A block of one token would take the one-token step, which is as exact.
-        o, after = srf_attention(
-            q[:, :, at], k[:, :, at], zeros[:, :, at], maps, config,
-            scaling=scaling, initial_state=state, output_final_state=True, backend="torch",
-        )  # fmt: skip
+        found = []
+        for mean in (torch.ones_like(state.kv_mean), torch.zeros_like(state.kv_mean)):
+            o, after = srf_attention(
+                q[:, :, at], k[:, :, at], values[:, :, at], maps, config, scaling=scaling,
+                initial_state=state._replace(kv_mean=mean), output_final_state=True, backend="torch",
+            )  # fmt: skip
+            found.append(o[..., 0])
         assert after is not None
         state = after
-        estimated.append(o[..., 0])
+        estimated.append(found[0] - found[1])
     return torch.cat(estimated, 2), torch.cat(exact, 2).clamp_min(0)
 
 

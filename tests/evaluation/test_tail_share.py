@@ -40,7 +40,7 @@ def test_share_is_what_a_change_of_scale_says(config) -> None:
     has_tail = usual.norm(dim=-1) > 1e-9
     ratio = (usual * more).sum(-1) / usual.square().sum(-1)
     wanted = torch.where(has_tail, (math.exp(c) / ratio - 1) / (math.exp(c) - 1), 0.0)
-    estimated, _ = attention_shares(q, k, maps, config, scaling=0.25)
+    estimated, _ = attention_shares(q, k, maps, config, scaling=0.25, v=v)
     assert has_tail.any()
     torch.testing.assert_close(estimated, wanted.nan_to_num(0.0), rtol=1e-6, atol=1e-8)
 

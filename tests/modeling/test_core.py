@@ -239,7 +239,7 @@ def test_half_precision_state_is_close_and_smaller(state_dtype):
     config = config_of((16, 4, 8))
     half = config.replace(state_dtype=state_dtype)
     q, k, v = inputs(400)
-    maps = random_feature_map(2, FEATURES, DIM)
+    maps = random_feature_map(2, FEATURES, DIM)._replace(foresight=None)  # which depends on the scale of values
     expected, full = srf_attention(q, k, v, maps, config, output_final_state=True)
     o, state = decode(q, k, 1e3 * v, maps, half)
     assert state.kv_mean.dtype == getattr(torch, state_dtype)

@@ -17,9 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from srf_retrofit import SRFConfig, retrofit
 from srf_retrofit.evaluation import perplexity as evaluation
 from srf_retrofit.evaluation.settings import EvalSettings
-from srf_retrofit.foresight import least_row
 from srf_retrofit.modeling.attention import srf_attentions
-from srf_retrofit.modeling.features import no_foresight
 from srf_retrofit.pipeline import run as pipeline
 from srf_retrofit.pipeline.data import RecallDataset, prepare
 from srf_retrofit.pipeline.settings import DistillSettings
@@ -385,17 +383,3 @@ def test_what_is_not_installed(tmp_path, text, monkeypatch) -> None:
         pipeline.run(small(tmp_path / "out", text, train="lora"))
     with pytest.raises(ValueError, match="pip install tensorboard"):
         pipeline.run(small(tmp_path / "out", text, report_to="tensorboard"))
-
-
-def test_slots_are_foreseen_where_rows_are_long_enough(tmp_path, text) -> None:
-    least = least_row(CONFIG)
-    for name, length in (("short", least), ("long", least + 40)):
-        settings = small(
-            tmp_path / name, text, length=length, batch_size=1, tokens_per_step=length, tokens=length,
-            calibration_tokens=4 * length,
-        )  # fmt: skip
-        model, results = distil(settings)
-        tables = [layer.attn_fn.foresight for layer in srf_attentions(model)]
-        fitted = [bool((table != no_foresight(*table.shape[:1], 16)).any()) for table in tables]
-        assert fitted == [name == "long"] * len(tables)
-        assert ("foresight" in results["retrofit"]) == (name == "long")

@@ -1,0 +1,27 @@
+"""Foresight as a part of a distillation."""
+
+from __future__ import annotations
+
+from builders import CONFIG
+from distill_runs import small, write_text
+from toy_tokenizers import byte_llama, byte_tokenizer
+
+from srf_retrofit.foresight import least_row
+from srf_retrofit.modeling.attention import srf_attentions
+from srf_retrofit.modeling.features import no_foresight
+from srf_retrofit.pipeline.run import distill_model
+
+
+def test_slots_are_foreseen_where_rows_are_long_enough(tmp_path) -> None:
+    text = write_text(tmp_path)
+    least = least_row(CONFIG)
+    for name, length in (("short", least), ("long", least + 40)):
+        settings = small(
+            tmp_path / name, text, length=length, batch_size=1, tokens_per_step=length, tokens=length,
+            calibration_tokens=4 * length,
+        )  # fmt: skip
+        model, results = distill_model(byte_llama(), byte_tokenizer(), settings, progress=False)
+        tables = [layer.attn_fn.foresight for layer in srf_attentions(model)]
+        fitted = [bool((table != no_foresight(*table.shape[:1], 16)).any()) for table in tables]
+        assert fitted == [name == "long"] * len(tables)
+        assert ("foresight" in results["retrofit"]) == (name == "long")
