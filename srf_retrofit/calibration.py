@@ -8,20 +8,19 @@ an outlier that would dominate every moment.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from .modeling.attention import SRFAttention, exact_attention
+from .modeling.attention import SRFAttention
 from .modeling.features import SRFFeatures
 from .modeling.random_features import single_thread
+from .observation import run_exactly, token_rows
 from .theory import log_variance, optimal_stretch
 
 GEOMETRIES = ("identity", "shift", "preconditioner", "proposal")
@@ -272,7 +271,7 @@ def calibrate(
 
     start = time.perf_counter()
     observers = {index: _LayerObserver(layer) for index, layer in layers.items()}
-    _observe(model, layers, observers, _rows(batches, max_tokens))
+    _observe(model, layers, observers, token_rows(batches, max_tokens))
 
     scalings = {index: float(layer.scaling) for index, layer in layers.items()}  # type: ignore[arg-type]
     fitted: dict[int, Geometry] = {}
@@ -310,55 +309,11 @@ def _observe(
     rows: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
 ) -> None:
     """Run the softmax model over the rows; everything set here is set back, whatever happens."""
-    base = getattr(model, "base_model", model)  # the language model's head is not needed
-    device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     previous = {index: layer.observer for index, layer in layers.items()}
     try:
-        model.eval()
         for index, layer in layers.items():
             layer.observer = observers[index]
-        with torch.no_grad(), exact_attention(model):
-            for ids, mask in tqdm(rows, desc="calibrate", unit="batch", delay=2, leave=False):
-                inputs = {"input_ids": ids, "attention_mask": mask}
-                if mask is not None:
-                    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-                if device.type != "meta":  # weights on a disk: the model moves its inputs itself
-                    inputs = {name: None if x is None else x.to(device) for name, x in inputs.items()}
-                base(**inputs, use_cache=False)
+        run_exactly(model, rows, "calibrate")
     finally:
         for index, layer in layers.items():
             layer.observer = previous[index]
-        for module, training in modes:
-            module.training = training
-
-
-def _rows(batches: Any, max_tokens: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Token ids `(B, L)` and mask `(B, L)` or None, until `max_tokens` real tokens have been given."""
-    if isinstance(batches, (torch.Tensor, Mapping)):
-        batches = [batches]
-    if isinstance(batches, (str, bytes)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
-        raise ValueError(
-            f"batches must be token ids or an iterable of them, got {type(batches).__name__}: tokenise first"
-        )
-    left = math.inf if max_tokens is None else max_tokens
-    for batch in batches:
-        ids, mask = (
-            (batch.get("input_ids"), batch.get("attention_mask")) if isinstance(batch, Mapping) else (batch, None)
-        )
-        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
-            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-            raise ValueError(f"a batch must hold integer token ids of shape (B, L) or (L,), got {got}")
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(f"attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} differ in shape")
-        if not ids.numel():
-            continue
-        ids = ids.reshape(-1, ids.shape[-1])
-        mask = None if mask is None else mask.reshape(ids.shape).bool()
-        real = torch.full((ids.shape[0],), ids.shape[1]) if mask is None else mask.sum(-1).cpu()
-        # Whole rows, up to the one that reaches the limit.
-        count = int((real.cumsum(0) - real < left).sum())
-        yield ids[:count], None if mask is None else mask[:count].long()
-        left -= int(real[:count].sum())
-        if left <= 0:
-            return

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from .modeling.attention import SRFAttention, exact_attention, srf_attentions
+from .modeling.attention import SRFAttention, srf_attentions
 from .modeling.configuration import LEVELS, SRFConfig
 from .modeling.retention import LEAST_LEVEL, round_priority
+from .observation import observe_whole_rows
 
 # Attention is summed over so many tokens after the window; keys with fewer to come teach nothing.
 HORIZON = 1024
@@ -179,7 +179,8 @@ def calibrate_foresight(model: nn.Module, batches: Any, *, factor: float | None 
     Raises
     ------
     ValueError
-        When no layer retains keys, no row is long enough, or `factor` is out of range. Nothing is changed then.
+        When no layer retains keys, no row is long enough, a row holds padding, statistics are not finite, or `factor`
+        is out of range. Nothing is changed then.
     """
     if factor is not None and not 0 <= factor <= 2:
         raise ValueError(f"factor must be in 0..2, got {factor}")
@@ -187,29 +188,14 @@ def calibrate_foresight(model: nn.Module, batches: Any, *, factor: float | None 
     if not layers:
         raise ValueError("no layer retains keys (retained=0): there is nothing to foresee")
     normal = [_Normal(layer.srf_config) for layer in layers]
-    handles = []
-    training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device
-    base = getattr(model, "base_model", model)
-    model.eval()
-    try:
-        for layer, mine in zip(layers, normal, strict=True):
-            handles.append(layer.register_forward_pre_hook(mine, with_kwargs=True))
-        with exact_attention(model):
-            for batch in tqdm(batches, desc="foresee", unit="batch", delay=2, leave=False):
-                ids = batch["input_ids"] if isinstance(batch, dict) else batch
-                base(input_ids=ids.to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+    observe_whole_rows(model, dict(zip(layers, normal, strict=True)), batches, "foresee")
     if not all(mine.count for mine in normal):
         least = least_row(layers[0].srf_config)
         raise ValueError(f"there was no row of more than {least} tokens to foresee anything on: give longer rows")
+    for layer, mine in zip(layers, normal, strict=True):
+        if not bool(torch.isfinite(mine.gram).all()):
+            raise ValueError(f"layer {layer.layer_idx}: keys, values or attention are not finite on these batches")
     solved = [mine.solve(factor) for mine in normal]
-    if not all(bool(torch.isfinite(table).all()) for table, *_ in solved):
-        raise ValueError("the forecast is not finite: the model's keys or values are not, on these batches")
     for layer, (table, *_) in zip(layers, solved, strict=True):
         layer.attn_fn.set_foresight(table)
     return ForesightReport(

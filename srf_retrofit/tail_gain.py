@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
-from .modeling.attention import SRFAttention, exact_attention, srf_attentions
+from .modeling.attention import SRFAttention, srf_attentions
 from .modeling.features import SRFFeatures
 from .modeling.ops import srf_attention
+from .observation import observe_whole_rows
 
 # Log-weights that are tried; the last silences a head.
 GAINS = (0.0, -0.35, -0.7, -1.05, -1.4, -2.1, -2.8, -3.5, -4.2, -5.6, -20.0)
@@ -129,28 +129,13 @@ def calibrate_gain(model: nn.Module, batches: Any, *, gains: Sequence[float] = G
         raise ValueError("gains is empty: give candidates, 0.0 among them")
     before = [mine.log_weight.detach().clone() for mine in features]
     errors = [_HeadErrors(gains) for _ in layers]
-    handles = []
-    training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device
-    base = getattr(model, "base_model", model)
-    model.eval()
-    count = 0
     try:
-        for layer, mine, error in zip(layers, features, errors, strict=True):
+        for mine in features:
             mine.set_log_weight(None)
-            handles.append(layer.register_forward_pre_hook(error, with_kwargs=True))
-        with exact_attention(model):
-            for batch in tqdm(batches, desc="weigh the features", unit="batch", delay=2, leave=False):
-                ids = batch["input_ids"] if isinstance(batch, dict) else batch
-                base(input_ids=ids.to(device), use_cache=False)
-                count += 1
+        count = observe_whole_rows(model, dict(zip(layers, errors, strict=True)), batches, "weigh the features")
     finally:
-        for handle in handles:
-            handle.remove()
         for mine, old in zip(features, before, strict=True):
             mine.set_log_weight(old)
-        for module in training:
-            module.training = True
     if not count:
         raise ValueError("there was no batch to weigh the features on: give a few thousand tokens")
     report: dict[int, list[float]] = {}

@@ -20,7 +20,8 @@ ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 # import each other, however many steps apart.
 FLOORS = [
     {"modeling", "files", "theory", "timing"},
-    {"recipes", "data", "calibration", "tail_gain", "foresight", "report"},
+    {"observation", "recipes", "data", "report"},
+    {"calibration", "tail_gain", "foresight"},
     {"surgery", "pretrained"},
     {"training", "testing"},
     {"evaluation"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -135,6 +136,14 @@ def test_refusals_change_nothing(model) -> None:
     with pytest.raises(ValueError, match="no row of more than"):
         calibrate_foresight(model, [tokens(model, 2, 60)])
     assert not any(module.training for module in model.modules())
+    ids = tokens(model, 2, 300)
+    with pytest.raises(ValueError, match="rows must hold no padding"):
+        calibrate_foresight(model, [{"input_ids": ids, "attention_mask": (ids > 5).long()}])
+    broken = copy.deepcopy(model)
+    broken.model.layers[1].self_attn.k_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="layer 1: keys, values or attention are not finite"):
+        calibrate_foresight(broken, [ids])
+    assert torch.equal(srf_attentions(broken)[0].attn_fn.foresight, no_foresight(2, 16))
     with pytest.raises(ValueError, match="nothing to foresee"):
         calibrate_foresight(retrofit(build_llama(), PURE), [tokens(model, 2, 400)])
     with pytest.raises(ValueError, match="nothing to foresee"):
