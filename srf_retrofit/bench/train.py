@@ -6,12 +6,16 @@
 Whole optimizer steps, both sides with the same weights, tokens, optimizer (fused AdamW) and precision. Plain
 fine-tuning uses the faster of PyTorch's exact attentions at each length and is measured with Transformers' own loss and
 with a loss in chunks; the faster one is what the ratio is taken to. Distillation is what `distillation.distill` does:
-the softmax teacher's forward, the student's forward and backward, the divergence of their logits in chunks.
+the softmax teacher's forward, the student's forward and backward, the divergence of their logits in chunks. With
+`--compile` every objective is measured twice, as it is and with compiled decoder layers (`training.compilation`; the
+cross-entropy of a loss in chunks is compiled as well), and like is compared with like.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,20 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from ..files import write_json
 from ..modeling.configuration import SRFConfig
 from ..modeling.ops import fold, srf_attention
 from ..pretrained import load_model
 from ..surgery import retrofit
 from ..testing import random_feature_map
 from ..timing import choose_device, on_gpu, reason, release, time_calls
+from ..training.compilation import compiled_layers
 from ..training.distillation import chunked_losses
 from ..training.teacher import frozen_copy
 from .decode_sides import MODELS, ModelShape, build_model
 from .gates import GateError, check_attention
+from .losses import chunked_cross_entropy
 from .measurement import aligned, check_output, environment, figure, finish_text, positive_sizes
 from .plot import Panel, plot_panels, short
 from .rivals import exact_backend, exact_rival
@@ -81,7 +86,7 @@ def train(
     chunk_size : int
         Positions whose logits exist at once, where the loss is taken in chunks.
     compile : bool
-        Compile every model's layers with `torch.compile`, on both sides.
+        Also measure every objective with compiled layers.
     device, seconds, seed, output, plot, quiet
         See `bench.attention.attention`.
 
@@ -89,8 +94,9 @@ def train(
     -------
     dict
         `cells`: `milliseconds` a step, `tokens_per_second`, `peak_bytes` (of everything), `flops` and `share` of the
-        measured products' ceiling, `loss`; or `missing`. `ratio`: tokens per second of the distillation over the
-        faster plain fine-tuning, by length. `attention`: the exact backend used. `ceilings`, `gate`.
+        measured products' ceiling, `loss`, `compiled`; or `missing`. `ratio`, and `ratio_compiled` where both sides
+        are: tokens per second of the distillation over the faster plain fine-tuning, by length. `attention`: the exact
+        backend used. `ceilings`, `gate`.
 
     Raises
     ------
@@ -107,7 +113,7 @@ def train(
         raise ValueError(f"weights must be bfloat16 or float32, got {weights!r}")
     check_output(output, plot)
     config = SRFConfig() if config is None else config
-    bench = TrainBench(model, config, weights, chunk_size, compile, device, seconds, seed)
+    bench = TrainBench(model, config, weights, chunk_size, device, seconds, seed)
     shape = bench.shape
     result: dict[str, Any] = {
         "benchmark": "train",
@@ -118,27 +124,31 @@ def train(
         "weights": weights,
         "tokens": tokens,
         "chunk_size": chunk_size,
-        "compiled": compile,
         "config": config.to_dict(),
         "gate": bench.gate(),
         "ceilings": bench.ceilings.to_dict(),
         "attention": {},
         "cells": [],
         "ratio": {},
+        "ratio_compiled": {},
     }
-    with tqdm(total=len(lengths) * len(OBJECTIVES), desc="train", file=sys.stderr, leave=False) as bar:
-        for length in lengths:
+    ways = (False, True) if compile else (False,)
+    with tqdm(total=len(lengths) * len(OBJECTIVES) * len(ways), desc="train", file=sys.stderr, leave=False) as bar:
+        for length, compiled in itertools.product(lengths, ways):
             backend = bench.fastest_backend(length, tokens)
             result["attention"][length] = backend
             found = {}
             for objective in OBJECTIVES:
-                found[objective] = bench.cell(objective, length, tokens, backend)
+                found[objective] = bench.cell(objective, length, tokens, backend, compiled)
                 bar.update()
             result["cells"] += found.values()
             speeds = {n: c["tokens_per_second"] for n, c in found.items() if "tokens_per_second" in c}
             plain = [speeds[name] for name in _PLAIN if name in speeds]
             if plain and "distill" in speeds:
-                result["ratio"][length] = speeds["distill"] / max(plain)
+                result["ratio_compiled" if compiled else "ratio"][length] = speeds["distill"] / max(plain)
+            if output is not None:
+                # A run that is cut off leaves what it has.
+                write_json(Path(output), result | {"incomplete": True})
     if plot is not None:
         plot_result(result, plot)
     result = finish_text(result, render(result), output, quiet)
@@ -157,12 +167,11 @@ class TrainBench:
         config: SRFConfig,
         weights: str,
         chunk_size: int,
-        compile: bool,
         device: str,
         seconds: float,
         seed: int,
     ) -> None:
-        self.config, self.chunk_size, self.compile = config, chunk_size, compile
+        self.config, self.chunk_size = config, chunk_size
         self.device, self.seconds, self.seed = device, seconds, seed
         self.autocast = weights == "float32" and on_gpu(device)
         dtype: torch.dtype = getattr(torch, weights)
@@ -190,7 +199,7 @@ class TrainBench:
         s, config = self.shape, self.config
         maps = random_feature_map(s.kv_heads, config.num_features, s.head_dim, geometry="preconditioner")
         maps = maps.to(self.device)
-        folded = fold(maps)
+        folded = fold(maps, self.dtype)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return srf_attention(q, k, v, folded, config)[0]
@@ -232,11 +241,12 @@ class TrainBench:
         release(self.device)
         return min(times, key=lambda name: times[name]) if times else "default"
 
-    def cell(self, objective: str, length: int, tokens: int, backend: str) -> dict[str, Any]:
+    def cell(self, objective: str, length: int, tokens: int, backend: str, compiled: bool) -> dict[str, Any]:
         """One objective at one length."""
         entry: dict[str, Any] = {"objective": objective, "length": length, "batch": max(tokens // length, 1)}
+        entry["compiled"] = compiled
         try:
-            entry |= self._measure(objective, length, tokens, backend)
+            entry |= self._measure(objective, length, tokens, backend, compiled)
         except GateError:
             raise
         except RuntimeError as error:
@@ -244,14 +254,14 @@ class TrainBench:
         release(self.device)
         return entry
 
-    def _measure(self, objective: str, length: int, tokens: int, backend: str) -> dict[str, Any]:
+    def _measure(self, objective: str, length: int, tokens: int, backend: str, compiled: bool) -> dict[str, Any]:
         sizes = self.sizes(length, tokens)
         generator = torch.Generator().manual_seed(self.seed)
         batches = [
             torch.randint(3, self.shape.vocabulary, (sizes.batch, length), generator=generator).to(self.device)
             for _ in range(2)
         ]
-        loss_of, student = self._objective(objective)
+        loss_of, student, models = self._objective(objective, compiled)
         # A step small enough that random weights stay finite however many are taken.
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0, fused=on_gpu(self.device))
         losses: list[torch.Tensor] = []
@@ -266,10 +276,13 @@ class TrainBench:
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
 
-        step(batches[0])  # compiles, and makes the optimizer's state
-        if on_gpu(self.device):
-            torch.cuda.reset_peak_memory_stats()
-        timing = time_calls([partial(step, ids) for ids in batches], self.device, seconds=self.seconds, most=20)
+        if compiled:
+            torch.compiler.reset()
+        with compiled_layers(*models) if compiled else contextlib.nullcontext():
+            step(batches[0])  # compiles, and makes the optimizer's state
+            if on_gpu(self.device):
+                torch.cuda.reset_peak_memory_stats()
+            timing = time_calls([partial(step, ids) for ids in batches], self.device, seconds=self.seconds, most=20)
         if not bool(torch.stack(losses).isfinite().all()):
             raise GateError(f"the loss of {OBJECTIVES[objective]} at L={length} is not finite")
         count = sizes.batch * length
@@ -293,20 +306,19 @@ class TrainBench:
             flops += 2 * self.parameters * count + self.shape.layers * exact(backward=False).flops
         return Work(flops, 0.0)
 
-    def _objective(self, objective: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], Any]:
-        """The loss of a batch of tokens, and the model it trains."""
+    def _objective(
+        self, objective: str, compiled: bool
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Any, list[Any]]:
+        """The loss of a batch of tokens, the model it trains, and all that have layers to compile."""
         student = copy.deepcopy(self.base).to(self.device).train().requires_grad_(True)
         teacher: Any = None
         if objective not in _PLAIN:
             retrofit(student, self.config)
         if objective == "distill":
             teacher = frozen_copy(student)
-        if self.compile:
-            for each in (student, teacher):
-                if each is not None:
-                    each.model.compile(dynamic=False)
+        models = [each for each in (student, teacher) if each is not None]
         if objective == "plain":
-            return lambda ids: student(input_ids=ids, labels=ids, use_cache=False).loss, student
+            return lambda ids: student(input_ids=ids, labels=ids, use_cache=False).loss, student, models
 
         def hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
             states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
@@ -315,7 +327,7 @@ class TrainBench:
         def loss(ids: torch.Tensor) -> torch.Tensor:
             labels = ids[:, 1:].reshape(-1)
             if teacher is None:
-                return chunked_cross_entropy(hidden(student, ids), labels, student.lm_head, self.chunk_size)
+                return chunked_cross_entropy(hidden(student, ids), labels, student.lm_head, self.chunk_size, compiled)
             with torch.no_grad():
                 known = hidden(teacher, ids)
             sums = chunked_losses(
@@ -323,31 +335,18 @@ class TrainBench:
             )
             return sums[0] / labels.numel()
 
-        return loss, student
-
-
-def chunked_cross_entropy(
-    hidden: torch.Tensor, labels: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], chunk_size: int
-) -> torch.Tensor:
-    """Mean cross-entropy of (N, E) hidden states with (N,) labels, the logits of `chunk_size` positions at a time."""
-
-    def part(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(head(states).float(), wanted, reduction="sum")
-
-    total: Any = 0
-    for states, wanted in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
-        total = total + checkpoint(part, states, wanted, use_reentrant=False, preserve_rng_state=False)
-    return total / labels.numel()
+        return loss, student, models
 
 
 # -- reading a result ------------------------------------------------------------------------------------------------
 
 
 def by_objective(result: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Cells by objective and length."""
+    """Cells by what was measured, in words, and length."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for cell in result["cells"]:
-        found.setdefault(cell["objective"], {})[cell["length"]] = cell
+        name = OBJECTIVES[cell["objective"]] + (", compiled" if cell.get("compiled") else "")
+        found.setdefault(name, {})[cell["length"]] = cell
     return found
 
 
@@ -361,13 +360,14 @@ def render(result: dict[str, Any]) -> str:
                 peak = cell["peak_bytes"] / 2**30 if "peak_bytes" in cell else None
                 figures = [figure(cell["milliseconds"]), figure(cell["tokens_per_second"]), figure(peak)]
                 figures += [figure(cell["flops"] / 1e12), f"{100 * cell['share']:.0f} %"]
-            rows.append([OBJECTIVES[objective], short(length), *figures])
+            rows.append([objective, short(length), *figures])
     parts = [f"{result['model']}, {result['tokens']:,} tokens a step, {result['weights']} weights\n{aligned(rows, 1)}"]
-    parts += [
-        f"L={short(int(n))}: distillation runs at {ratio:.2f} of the speed of the faster plain fine-tuning "
-        f"(exact attention: {result['attention'][n]})"
-        for n, ratio in result["ratio"].items()
-    ]
+    for name, how in (("ratio", ""), ("ratio_compiled", ", both compiled")):
+        parts += [
+            f"L={short(int(n))}: distillation runs at {ratio:.2f} of the speed of the faster plain fine-tuning{how} "
+            f"(exact attention: {result['attention'][n]})"
+            for n, ratio in result.get(name, {}).items()
+        ]
     return "\n\n".join(parts)
 
 
@@ -376,6 +376,6 @@ def plot_result(result: dict[str, Any], path: str | Path) -> None:
     panel = Panel(f"{result['model']}, {result['tokens']:,} tokens a step", "ms a step")
     for objective, cells in by_objective(result).items():
         points = [(float(n), c["milliseconds"]) for n, c in cells.items() if "milliseconds" in c]
-        panel.lines[OBJECTIVES[objective]] = points
-    panel.ours = (OBJECTIVES["distill"], OBJECTIVES["student"])
+        panel.lines[objective] = points
+    panel.ours = tuple(name for name in panel.lines if name.startswith("retrofitted"))
     plot_panels([panel], path, result["environment"]["device"])

@@ -95,6 +95,8 @@ class DistillSettings:
     bf16 : bool, optional
         Autocast; by default where CUDA supports it.
     gradient_checkpointing : bool
+    compile : bool
+        Whether the logit stage runs compiled layers, see `training.compilation`; not with gradient checkpointing.
     save_every : int
         Optimizer steps between checkpoints inside a stage; 0 saves at the end of stages alone.
     report_to : {"none", "tensorboard"}
@@ -158,6 +160,7 @@ class DistillSettings:
     device: str | None = None
     bf16: bool | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
     save_every: int = 100
     report_to: str = "none"
     seed: int = 0
@@ -194,6 +197,8 @@ class DistillSettings:
         self._check_evaluation()
 
     def _check_sizes(self) -> None:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile and gradient_checkpointing exclude one another: leave one of them off")
         rows = self.length * self.batch_size
         if self.tokens_per_step % rows:
             raise ValueError(

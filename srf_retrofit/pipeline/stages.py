@@ -239,6 +239,7 @@ def _train(work: Work, number: int, name: str, *, first_row: int, steps: int, **
             schedule=s.schedule,
             batch_size=s.batch_size,
             gradient_accumulation_steps=s.accumulation,
+            compile=s.compile,
             bf16=s.bf16 if s.bf16 is not None else (None if _on_gpu(work) else False),
             save_steps=s.save_every or None,
             resume=again or False,

@@ -10,6 +10,7 @@ look after parameters there (DistributedDataParallel, autocast, PEFT) keep worki
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from transformers.trainer_callback import PrinterCallback
 from ..data.token_blocks import IGNORED
 from .attention_transfer import AttentionTransferTrainer
 from .callbacks import ResampleFeaturesCallback, ResampleSchedule, feature_modules
+from .compilation import compiled_layers
+from .divergence import divergence, log_softmax
 from .guards import FiniteGradients
 from .teacher import TeacherTrainer, forward_replaced, training_only
 
@@ -73,15 +76,12 @@ def chunked_losses(
 
     def losses(student_part: torch.Tensor, teacher_part: torch.Tensor, labels_part: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            teacher = _log_softmax(teacher_head(teacher_part), temperature)
+            teacher = teacher_head(teacher_part)
         logits = student_head(student_part)
-        student = _log_softmax(logits, temperature)
-        kl = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+        kl = divergence(logits, teacher, temperature)
         if not cross_entropy:
             return torch.stack([kl, torch.zeros_like(kl)])
-        if temperature != 1:
-            student = _log_softmax(logits, 1.0)
-        return torch.stack([kl, functional.nll_loss(student, labels_part, reduction="sum")])
+        return torch.stack([kl, functional.nll_loss(log_softmax(logits), labels_part, reduction="sum")])
 
     if student_hidden.shape[0] <= chunk_size:
         return losses(student_hidden, teacher_hidden, labels)
@@ -89,11 +89,6 @@ def chunked_losses(
     for parts in zip(*(t.split(chunk_size) for t in (student_hidden, teacher_hidden, labels)), strict=True):
         total = total + checkpoint(losses, *parts, use_reentrant=False, preserve_rng_state=False)
     return total
-
-
-def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 class DistillationTrainer(TeacherTrainer):
@@ -249,6 +244,7 @@ def distill(
     cross_entropy_weight: float = 0.0,
     chunk_size: int = DEFAULT_CHUNK,
     bf16: bool | None = None,
+    compile: bool = False,
     save_steps: int | None = None,
     resume: bool | str | Path = False,
     seed: int = 0,
@@ -290,6 +286,9 @@ def distill(
         See `DistillationTrainer`; not used by the attention objective.
     bf16 : bool, optional
         Autocast; by default where CUDA supports it.
+    compile : bool
+        Compile the decoder layers of both models, see `compilation.compiled_layers`: on a GPU steps take less time, and
+        the first one some half a minute more. Logits only: attention is matched by hooks inside the layers.
     resume : bool or path
         Continue from the last checkpoint in `output_dir`, or from this one.
     data_collator, eval_dataset, **arguments
@@ -327,6 +326,8 @@ def distill(
         "bf16": (torch.cuda.is_available() and torch.cuda.is_bf16_supported()) if bf16 is None else bf16,
         "logging_steps": max(1, steps // 20),
         "include_num_input_tokens_seen": "all",
+        # Not finite is what `_checked` and `FiniteGradients` stop at; another look would make the host wait again.
+        "logging_nan_inf_filter": False,
         "save_strategy": "no" if save_steps is None else "steps",
         "save_steps": save_steps or 500,
         "report_to": "none",
@@ -336,6 +337,8 @@ def distill(
     }
     values.update(arguments)
     settings = TrainingArguments(**values)
+    if compile and settings.gradient_checkpointing:
+        raise ValueError("compile=True and gradient_checkpointing=True exclude one another: leave one of them off")
     with training_only(model, train):
         common: dict[str, Any] = {"teacher": teacher, "train_dataset": dataset, **for_trainer}
         drawn = [ResampleFeaturesCallback(schedule)] if feature_modules(model) else []
@@ -356,9 +359,13 @@ def distill(
             )
         if not progress:
             trainer.remove_callback(PrinterCallback)
+        both = (
+            compiled_layers(model, trainer.teacher) if compile and objective == "logits" else contextlib.nullcontext()
+        )
         try:
             again = str(resume) if isinstance(resume, (str, Path)) else resume or None
-            result = trainer.train(resume_from_checkpoint=again)
+            with both:
+                result = trainer.train(resume_from_checkpoint=again)
         finally:
             # Mixed precision leaves a wrapper around `model.forward`, the last step its gradients.
             trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

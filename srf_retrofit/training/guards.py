@@ -48,6 +48,8 @@ def first_not_finite(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
             handle = module.register_forward_hook(lambda m, _, output, name=name: look(name, m, output))
             stack.callback(handle.remove)
         stack.enter_context(torch.no_grad())
+        # A compiled layer would not call the hooks of what is inside it.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         model(**inputs)
     return found[0] if found else None
 

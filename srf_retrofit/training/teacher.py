@@ -112,7 +112,10 @@ class TeacherTrainer(Trainer):
                 "use srf_retrofit.evaluation.perplexity"
             )
         if args is not None and args.torch_compile:
-            raise ValueError("torch_compile=True would compile anew at every step here: leave it off")
+            raise ValueError(
+                "torch_compile=True would compile anew at every step here: train inside "
+                "`training.compilation.compiled_layers(model, teacher)` instead (`distill(..., compile=True)`)"
+            )
         teacher = frozen_copy(model) if teacher is None else teacher
         check_pair(teacher, model)
         super().__init__(model=model, args=args, **kwargs)
