@@ -18,6 +18,11 @@ from .state import SRFState
 RUN_TOKENS = 512
 
 
+def run_blocks(w: int) -> int:
+    """Blocks of `w` slots in a run."""
+    return max(RUN_TOKENS // w, 1)
+
+
 class BlockTables(NamedTuple):
     """All int32, on the device; `N` blocks in `B` rows, `N + B` entries (see `triton_common`), `w` slots each.
 
@@ -100,7 +105,7 @@ def _tables(
 
     count = torch.tensor(block_counts(rows, length, w, documents, continues), dtype=torch.int64)
     row_block = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    per_run = max(RUN_TOKENS // w, 1)
+    per_run = run_blocks(w)
     runs = -(-count // per_run)
     row_run = torch.cat([runs.new_zeros(1), runs.cumsum(0)])
     run_row = torch.arange(rows).repeat_interleave(runs)

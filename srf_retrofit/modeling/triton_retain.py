@@ -19,8 +19,10 @@ from .triton_common import (
     load_rows,
     load_rows_of_heads,
     priority_level,
-    sort_keys,
 )
+
+# What a level is worth in `pool_order`: no pool has so many keys.
+PLACES = tl.constexpr(65536)
 
 
 @triton.jit
@@ -115,130 +117,126 @@ def forecast_kernel(
 
 
 @triton.jit
-def part_keys(priority, top, first: tl.constexpr, count: tl.constexpr, COUNT: tl.constexpr):
-    """`triton_common.sort_keys` of a part of the pool, whose place `first + i` holds `priority[i]`; padding is last."""
-    place = first + tl.arange(0, COUNT)
-    return tl.where(place < first + count, sort_keys(priority, top, place), -100000 - place)
+def pool_order(held, new, here, HP: tl.constexpr, KEYS: tl.constexpr, H: tl.constexpr):
+    """Integers without ties that sort a pool, `H` slots and the later keys that are `here`, by level and then by age.
+
+    Levels (HP,) and (KEYS,) are whole numbers; free slots and what may not compete, `-inf`, sort below all others, and
+    what is not of the pool below these. Returns the order of both parts, of the least that a key could have that may
+    compete, and of what is above all.
+    """
+    slot, key = tl.arange(0, HP), tl.arange(0, KEYS)
+    competes, arrives = held > float("-inf"), new > float("-inf")
+    level, new_level = tl.where(competes, held, 0.0).to(tl.int32), tl.where(arrives, new, 0.0).to(tl.int32)
+    least = tl.min(tl.where(competes, level, 0x7FFFFFFF), 0)
+    least = tl.minimum(least, tl.min(tl.where(arrives, new_level, 0x7FFFFFFF), 0))
+    level, new_level = tl.where(competes, level, least - 1), tl.where(arrives, new_level, least - 1)
+    most = tl.maximum(tl.max(level, 0), tl.max(new_level, 0))
+    below = (least.to(tl.int64) - 2) * PLACES
+    order = level.to(tl.int64) * PLACES + (PLACES - 1 - slot)
+    new_order = new_level.to(tl.int64) * PLACES + (PLACES - 1 - H - key)
+    return (
+        tl.where(slot < H, order, below),
+        tl.where(here, new_order, below),
+        least.to(tl.int64) * PLACES,
+        (most.to(tl.int64) + 1) * PLACES,
+    )
 
 
 @triton.jit
-def compete(
-    kept, kept_priority, token, priority,
-    H: tl.constexpr, HP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-):  # fmt: skip
-    """The `H` highest levels of the `H` kept keys and `W` later ones, in order of position, free slots first.
+def last_kept(order, new_order, least, high, H: tl.constexpr):
+    """The `H`-th largest of a pool in `pool_order`, of which fewer than `H` reach `high`: by bisection."""
+    low = least - PLACES
+    middle = least  # whether free slots are left is found out first
+    while high - low > 1:
+        count = tl.sum((order >= middle).to(tl.int32), 0) + tl.sum((new_order >= middle).to(tl.int32), 0)
+        low = tl.where(count >= H, middle, low)
+        high = tl.where(count > H, high, middle + (count == H).to(tl.int64))
+        middle = low + ((high - low) >> 1)
+    return low
 
-    Returns the new slots, and which of both parts stay: (HP,), (HP,), (HP,), (WP,).
-    """
-    slot = tl.arange(0, HP)
-    best = tl.maximum(tl.max(kept_priority, 0), tl.max(priority, 0))
-    held = part_keys(kept_priority, best, 0, H, HP)
-    new = part_keys(priority, best, H, W, WP)
-    ahead = tl.sum((held[None, :] > held[:, None]).to(tl.int32), 1)
-    ahead += tl.sum((new[None, :] > held[:, None]).to(tl.int32), 1)
-    stays = ((ahead < H) & (slot < H)).to(tl.int32)
-    ahead = tl.sum((held[None, :] > new[:, None]).to(tl.int32), 1)
-    ahead += tl.sum((new[None, :] > new[:, None]).to(tl.int32), 1)
-    enters = ((ahead < H) & (tl.arange(0, WP) < W)).to(tl.int32)
-    # Those that stay, moved together: each slot picks the one whose turn it is, and exactly one is.
-    turn = tl.where(stays > 0, tl.cumsum(stays, 0) - stays, -1)
-    later_turn = tl.where(enters > 0, tl.sum(stays, 0) + tl.cumsum(enters, 0) - enters, -1)
-    pick = turn[None, :] == slot[:, None]
-    later_pick = later_turn[None, :] == slot[:, None]
-    out = tl.sum(tl.where(pick, kept[None, :], 0), 1) + tl.sum(tl.where(later_pick, token[None, :], 0), 1)
-    top = tl.max(tl.where(pick, kept_priority[None, :], float("-inf")), 1)
-    top = tl.maximum(top, tl.max(tl.where(later_pick, priority[None, :], float("-inf")), 1))
-    out = tl.where(top > float("-inf"), out, -1)
-    return out, top, stays, enters
+
+@triton.jit
+def turns(first, second):
+    """How many marks (0 or 1, or two side by side) stand before each place of two parts, one behind the other."""
+    return tl.cumsum(first, 0) - first, tl.sum(first, 0) + tl.cumsum(second, 0) - second
+
+
+@triton.jit
+def store_best(
+    to_token, to_level, kept, held, token, rival, here, H: tl.constexpr, HP: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """Store token and level of the `H` best of slots (HP,) and the later keys (KEYS,) `here`, in order of position."""
+    order, new_order, least, high = pool_order(held, rival, here, HP, KEYS, H)
+    last = last_kept(order, new_order, least, high, H)
+    stays, enters = order >= last, new_order >= last
+    turn, later_turn = turns(stays.to(tl.int32), enters.to(tl.int32))
+    tl.store(to_token + turn, kept, mask=stays)
+    tl.store(to_level + turn, held, mask=stays)
+    tl.store(to_token + later_turn, token, mask=enters)
+    tl.store(to_level + later_turn, rival, mask=enters)
 
 
 @triton.jit
 def entry_priority(
-    received, start_priority, entry, row, first, last, g,
-    G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, START: tl.constexpr,
+    received, start_priority, entry, key, here, row, first, last, g,
+    G: tl.constexpr, W: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    """Priorities (WP,) of an entry's keys: from the queries of their own block, of the next, and of earlier calls."""
-    key = tl.arange(0, WP)
+    """Priorities of slots `key` of entries: from the queries of their own block, of the next, and of earlier calls."""
     block = entry - row  # the next one; the entry's own is the one before
     at = (block * G + g) * 2 * W + key
-    top = tl.load(received + at, mask=key < tl.where(block < last, W, 0), other=float("-inf"))
+    top = tl.load(received + at, mask=here & (block < last), other=float("-inf"))
     at = ((block - 1) * G + g) * 2 * W + W + key
-    top = tl.maximum(top, tl.load(received + at, mask=key < tl.where(block > first, W, 0), other=float("-inf")))
+    top = tl.maximum(top, tl.load(received + at, mask=here & (block > first), other=float("-inf")))
     if START:
         at = (row * G + g) * 2 * W + (block - first) * W + key
-        mask = key < tl.where(block - first < 2, W, 0)
-        top = tl.maximum(top, tl.load(start_priority + at, mask=mask, other=float("-inf")))
+        top = tl.maximum(top, tl.load(start_priority + at, mask=here & (block - first < 2), other=float("-inf")))
     return top
 
 
 @triton.jit
 def rank_run_kernel(
     run_table, block_row, row_block, key_token, key_position, block_full, received, start_priority,
-    foresight, octaves, one_batch, pool, run_token, run_priority, priority, slot_token, slot_priority, fold_token,
-    G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, SINKS: tl.constexpr,
-    D: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr, WRITE: tl.constexpr, START: tl.constexpr,
+    foresight, octaves, one_batch, pool, blocks, priority, level, run_token, run_priority,
+    G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, KEYS: tl.constexpr,
+    SINKS: tl.constexpr, D: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    """The competition of one head along a run of blocks; on indices only.
+    """Priorities and levels of all keys that leave the window in a run of blocks, and the slots if these were all.
 
-    The keys kept are the `H` best of all before, so runs can be ranked by themselves (`WRITE` false) and merged.
-    With `WRITE`, from the slots before the run: writes priorities and slots at every entry, and for every block the
-    tokens that are folded at its end, in order of position.
+    Writes `priority` (N + rows, G, w), `level` (G, N, w) of the keys that compete at the end of each block, and the
+    run's slots (runs, G, h) in order of position, free ones first.
     """
     run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
-    row = tl.load(block_row + first)
+    row = tl.load(block_row + first).to(tl.int64)
     row_first, row_last = tl.load(row_block + row), tl.load(row_block + row + 1)
-    slot, key = tl.arange(0, HP), tl.arange(0, WP)
-    place = (run * G + g) * H
+    place = tl.arange(0, KEYS)
+    here = place < count * W
+    block, key = first + place // W, place % W
+    entry = block + row
+    top = entry_priority(received, start_priority, entry, key, here, row, row_first, row_last, g, G, W, START)
+    tl.store(priority + (entry * G + g) * W + key, top, mask=here)
+    full = tl.load(block_full + block, mask=here, other=0) > 0
+    position = tl.load(key_position + entry, mask=here, other=0)
+    token = tl.load(key_token + entry * W + key, mask=here & (position + key >= SINKS), other=-1)
     if FORESIGHT:
-        octaves += (tl.where(one_batch > 0, 0, row).to(tl.int64) * G + g) * pool
-        factor = tl.load(foresight + g * (1 + 4 * D))
-    if WRITE:
-        kept = tl.load(run_token + place + slot, mask=slot < H, other=-1)
-        kept_priority = tl.load(run_priority + place + slot, mask=slot < H, other=float("-inf"))
+        octaves += (tl.where(one_batch > 0, 0, row) * G + g) * pool
+        seen = tl.load(octaves + token, mask=token >= 0, other=0.0)
+        rival = foreseen_level(top, position // W, tl.load(foresight + g * (1 + 4 * D)), seen, FADE)
     else:
-        kept = tl.full((HP,), -1, tl.int32)
-        kept_priority = tl.full((HP,), float("-inf"), tl.float32)
-    for i in range(count):
-        block = (first + i).to(tl.int64)
-        entry = block + row
-        top = entry_priority(received, start_priority, entry, row, row_first, row_last, g, G, W, WP, START)
-        full = tl.load(block_full + block) > 0
-        token = tl.load(key_token + entry * W + key, mask=key < W, other=-1)
-        token = tl.where(tl.load(key_position + entry) + key >= SINKS, token, -1)
-        first_block = tl.load(key_position + entry) // W
-        if FORESIGHT:
-            seen = tl.load(octaves + token, mask=token >= 0, other=0.0)
-            level = foreseen_level(top, first_block, factor, seen, FADE)
-        else:
-            level = priority_level(top, first_block, FADE)
-        rival = tl.where((token >= 0) & full, level, float("-inf"))
-        new, new_priority, stays, enters = compete(kept, kept_priority, token, rival, H, HP, W, WP)
-        if WRITE:
-            tl.store(priority + (entry * G + g) * W + key, top, mask=key < W)
-            out = (entry * G + g) * H + slot
-            tl.store(slot_token + out, kept, mask=slot < H)
-            tl.store(slot_priority + out, kept_priority, mask=slot < H)
-            # Nothing is folded of free slots and of keys that could not compete.
-            leaving = (1 - stays) * (slot < H).to(tl.int32)
-            passing = (1 - enters) * (key < W).to(tl.int32)
-            out = fold_token + (block * G + g) * W
-            to = tl.cumsum(leaving, 0) - leaving
-            tl.store(out + to, tl.where(kept_priority > float("-inf"), kept, -1), mask=(leaving > 0) & (to < W))
-            to = tl.sum(leaving, 0) + tl.cumsum(passing, 0) - passing
-            tl.store(out + to, tl.where(rival > float("-inf"), token, -1), mask=(passing > 0) & (to < W))
-        kept = new
-        kept_priority = new_priority
-    if not WRITE:
-        tl.store(run_token + place + slot, kept, mask=slot < H)
-        tl.store(run_priority + place + slot, kept_priority, mask=slot < H)
-    elif first + count == row_last:
-        entry = (row_last + row).to(tl.int64)
-        top = entry_priority(received, start_priority, entry, row, row_first, row_last, g, G, W, WP, START)
-        tl.store(priority + (entry * G + g) * W + key, top, mask=key < W)
-        out = (entry * G + g) * H + slot
-        tl.store(slot_token + out, kept, mask=slot < H)
-        tl.store(slot_priority + out, kept_priority, mask=slot < H)
+        rival = priority_level(top, position // W, FADE)
+    rival = tl.where((token >= 0) & full, rival, float("-inf"))
+    tl.store(level + (g.to(tl.int64) * blocks + first) * W + place, rival, mask=here)
+
+    free = tl.full((HP,), float("-inf"), tl.float32)
+    at = (run * G + g) * H
+    store_best(run_token + at, run_priority + at, tl.full((HP,), -1, tl.int32), free, token, rival, here, H, HP, KEYS)
+    if first + count == row_last:
+        # The row's last block has had no competition yet.
+        end = tl.arange(0, WP)
+        inside = end < W
+        after = row_last + row + end // W
+        own = entry_priority(received, start_priority, after, end, inside, row, row_first, row_last, g, G, W, START)
+        tl.store(priority + (after * G + g) * W + end, own, mask=inside)
 
 
 @triton.jit
@@ -247,30 +245,94 @@ def rank_scan_kernel(
     priority, slot_token, slot_priority,
     G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    """Turn the runs' slots, in place, into the slots before each run; one row and head."""
+    """Turn the runs' slots, in place, into the slots before each run; one row and head.
+
+    Threads share these slots, so there is a barrier wherever one writes what another reads.
+    """
     row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, key = tl.arange(0, HP), tl.arange(0, WP)
-    place = (row * G + g) * H + slot
+    here = slot < H
     kept = tl.full((HP,), -1, tl.int32)
-    kept_priority = tl.full((HP,), float("-inf"), tl.float32)
+    held = tl.full((HP,), float("-inf"), tl.float32)
     if START:
-        kept = tl.load(start_token + place, mask=slot < H, other=-1)
-        kept_priority = tl.load(start_slot_priority + place, mask=slot < H, other=float("-inf"))
+        at = (row * G + g) * H + slot
+        kept = tl.load(start_token + at, mask=here, other=-1)
+        held = tl.load(start_slot_priority + at, mask=here, other=float("-inf"))
     low, high = tl.load(row_run + row), tl.load(row_run + row + 1)
-    for i in range(high - low):
-        at = ((low + i).to(tl.int64) * G + g) * H + slot
-        token = tl.load(run_token + at, mask=slot < H, other=-1)
-        rival = tl.load(run_priority + at, mask=slot < H, other=float("-inf"))
-        tl.store(run_token + at, kept, mask=slot < H)
-        tl.store(run_priority + at, kept_priority, mask=slot < H)
-        kept, kept_priority, _stays, _enters = compete(kept, kept_priority, token, rival, H, HP, H, HP)
+    entry = tl.load(row_block + row) + row
+    tl.store(slot_token + (entry * G + g) * H + slot, kept, mask=here)
+    tl.store(slot_priority + (entry * G + g) * H + slot, held, mask=here)
     if low == high:
         # A row without a block in this call keeps what it came with.
-        entry = tl.load(row_block + row) + row
-        at = (entry * G + g) * H + slot
-        tl.store(slot_token + at, kept, mask=slot < H)
-        tl.store(slot_priority + at, kept_priority, mask=slot < H)
         top = tl.full((WP,), float("-inf"), tl.float32)
         if START:
             top = tl.load(start_priority + (row * G + g) * 2 * W + key, mask=key < W, other=float("-inf"))
         tl.store(priority + (entry * G + g) * W + key, top, mask=key < W)
+    else:
+        at = (low.to(tl.int64) * G + g) * H
+        token = tl.load(run_token + at + slot, mask=here, other=-1)
+        rival = tl.load(run_priority + at + slot, mask=here, other=float("-inf"))
+        tl.debug_barrier()
+        tl.store(run_token + at + slot, kept, mask=here)
+        tl.store(run_priority + at + slot, held, mask=here)
+        for _ in range(low + 1, high):
+            at += G * H
+            next_token = tl.load(run_token + at + slot, mask=here, other=-1)
+            next_rival = tl.load(run_priority + at + slot, mask=here, other=float("-inf"))
+            tl.debug_barrier()
+            store_best(run_token + at, run_priority + at, kept, held, token, rival, here, H, HP, HP)
+            tl.debug_barrier()
+            kept = tl.load(run_token + at + slot, mask=here, other=-1)
+            held = tl.load(run_priority + at + slot, mask=here, other=float("-inf"))
+            token, rival = next_token, next_rival
+
+
+@triton.jit
+def rank_block_kernel(
+    block_row, row_block, row_run, key_token, level, run_token, run_priority, blocks,
+    slot_token, slot_priority, fold_token,
+    G: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, RUN: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The slots after a block, and the tokens that are folded at its end, both in order of position.
+
+    The keys kept are the `H` best of all before, so no block waits for another: the pool are the slots before the
+    block's run and all that competed since. `-1` is folded of free slots and of keys that could not compete.
+    """
+    block, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.load(block_row + block)
+    index = (block - tl.load(row_block + row)).to(tl.int32)
+    run = tl.load(row_run + row).to(tl.int64) + index // RUN
+    before = index % RUN  # blocks of the run before this one
+    first = block - before
+    slot, place = tl.arange(0, HP), tl.arange(0, KEYS)
+    here = place < (before + 1) * W
+    at = (run * G + g) * H + slot
+    kept = tl.load(run_token + at, mask=slot < H, other=-1)
+    held = tl.load(run_priority + at, mask=slot < H, other=float("-inf"))
+    token = tl.load(key_token + (first + row) * W + place, mask=here, other=-1)
+    rival = tl.load(level + (g * blocks + first) * W + place, mask=here, other=float("-inf"))
+    kept = tl.where(held > float("-inf"), kept, -1)
+    token = tl.where(rival > float("-inf"), token, -1)
+
+    order, new_order, least, high = pool_order(held, rival, here, HP, KEYS, H)
+    last = last_kept(order, new_order, least, high, H)
+    own = place >= before * W
+    # Before the run all slots stay, whatever is in them.
+    low = least - PLACES
+    old_order = tl.where(own, low - 1, new_order)
+    old_last = last_kept(order, old_order, least, tl.where(before > 0, last + 1, low + 1), H)
+    stays, enters = order >= last, new_order >= last
+    leaves = (order >= old_last) & (order < last)
+    passes = ((old_order >= old_last) | (own & here)) & (new_order < last)
+    # Counted together, in halves of a number.
+    turn, later_turn = turns(
+        stays.to(tl.int32) + (leaves.to(tl.int32) << 16), enters.to(tl.int32) + (passes.to(tl.int32) << 16)
+    )
+    out = ((block + 1 + row) * G + g) * H
+    tl.store(slot_token + out + (turn & 0xFFFF), kept, mask=stays)
+    tl.store(slot_priority + out + (turn & 0xFFFF), held, mask=stays)
+    tl.store(slot_token + out + (later_turn & 0xFFFF), token, mask=enters)
+    tl.store(slot_priority + out + (later_turn & 0xFFFF), rival, mask=enters)
+    out = fold_token + (block * G + g) * W
+    tl.store(out + (turn >> 16), kept, mask=leaves)
+    tl.store(out + (later_turn >> 16), token, mask=passes)
