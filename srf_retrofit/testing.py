@@ -19,8 +19,13 @@ from .modeling.random_features import draw_projection
 from .modeling.state import SRFState
 
 
-def oracle_log_features(x: torch.Tensor, maps: FeatureMap, side: str, scaling: float) -> torch.Tensor:
-    """Log-features `(G, ..., M)` of `x` (G, ..., D), term by term as in `modeling.feature_map`'s definition."""
+def oracle_log_features(
+    x: torch.Tensor, maps: FeatureMap, side: str, scaling: float, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Log-features `(G, ..., M)` of `x` (G, ..., D), term by term as in `modeling.feature_map`'s definition.
+
+    `dtype`: of the inputs that are meant; for bfloat16 the coefficients of `x` are those rounded to bfloat16.
+    """
     w = maps.projection
     g, m, d = w.shape
     eye = torch.eye(d, dtype=x.dtype).expand(g, d, d)
@@ -40,6 +45,10 @@ def oracle_log_features(x: torch.Tensor, maps: FeatureMap, side: str, scaling: f
     stretch = 1 - 4 * a
     dot = torch.einsum("gmi,g...i->g...m", w * stretch.sqrt()[:, None], moved)
     quadratic = _like((w * a[:, None] * w).sum(-1), dot)
+    if dtype == torch.bfloat16:
+        matrix, other = (p, c_k) if side == "query" else (p_inv, c_q)
+        whole = (w * stretch.sqrt()[:, None]) @ matrix + other[:, None]
+        dot = dot + torch.einsum("gmi,g...i->g...m", whole.to(dtype).to(whole.dtype) - whole, xt)
     if side == "query" and maps.log_weight is not None:
         dot = dot + _like(maps.log_weight, dot)
     constant = _like(0.25 * stretch.log().sum(-1, keepdim=True) - 0.5 * math.log(max(m, 1)), dot)
@@ -76,11 +85,14 @@ def quadratic_attention(
     cu_seqlens: torch.Tensor | None = None,
     output_final_state: bool = False,
     ablation: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, SRFState | None]:
     """`srf_attention` as an L x L matrix of weights, in float64, on the CPU; differentiable; without `initial_state`.
 
-    Shapes as there; every tensor is cast to float64 first, and the outputs are float64.
+    Shapes as there; every tensor is cast to float64 first, and the outputs are float64. `dtype`: of the inputs whose
+    attention is meant, that of `q` unless given.
     """
+    dtype = q.dtype if dtype is None else dtype
     if ablation == "tail_only":
         config = config.replace(window=0, sinks=0, retained=0)
     elif ablation == "no_retained":
@@ -95,20 +107,20 @@ def quadratic_attention(
     for row, index in _rows(q, attention_mask, cu_seqlens):
         qr = q[row][:, index].view(g, heads // g, -1, d)
         kr, vr = k[row][:, index], v[row][:, index]
-        o, state = _quadratic_row(qr, kr, vr, maps, config, scaling, causal, ablation != "no_tail")
+        o, state = _quadratic_row(qr, kr, vr, maps, config, scaling, causal, ablation != "no_tail", dtype)
         out = out.index_put((torch.tensor(row), torch.arange(heads)[:, None], index[None]), o.reshape(heads, -1, d))
         states.append(state)
     final = SRFState(*(torch.stack(x) for x in zip(*states, strict=True))) if output_final_state and causal else None
     return out, final
 
 
-def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail):
+def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail, dtype):
     """One sequence: q (G, R, L, D), k and v (G, L, D)."""
     g, _, length, _ = qr.shape
     w, s = config.window, config.sinks
     score = scaling * torch.einsum("grid,gjd->grij", qr, kr)
-    a = oracle_log_features(qr, maps, "query", scaling)
-    b = oracle_log_features(kr, maps, "key", scaling)
+    a = oracle_log_features(qr, maps, "query", scaling, dtype)
+    b = oracle_log_features(kr, maps, "key", scaling, dtype)
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
     visible = (j <= i) if causal else torch.ones(length, length, dtype=torch.bool)
     exact = visible & (j < s)

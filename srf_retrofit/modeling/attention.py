@@ -178,7 +178,7 @@ class SRFAttention(nn.Module):
             q,
             k,
             v,
-            self.attn_fn.folded(),
+            self.attn_fn.folded(q.dtype),
             self.srf_config,
             scaling=self.scaling,
             attention_mask=mask,

@@ -95,6 +95,37 @@ class FoldedMap(NamedTuple):
     query: Features
     key: Features
     foresight: torch.Tensor | None = None  # (G, 1 + 4 D), see `retention.priority_level`
+    rounded_to: torch.dtype | None = None  # what the weights have been rounded to, see `round_weights`
+
+
+def round_weights(maps: FoldedMap, dtype: torch.dtype) -> FoldedMap:
+    """The map as inputs of `dtype` see it: in bfloat16 both sides' weights are rounded to bfloat16, once, for all.
+
+    A product of tensor cores is then exact, in one pass, and every implementation multiplies by the same numbers. What
+    is estimated stays what it was: these are the weights of another draw, see docs/decisions/0011. Biases and norms are
+    not rounded.
+
+    Parameters
+    ----------
+    maps : FoldedMap
+    dtype : torch.dtype
+        Of queries, keys and values; nothing is rounded for another than bfloat16.
+
+    Returns
+    -------
+    FoldedMap
+        Weights in the dtype they had; the gradient of a rounded weight goes to the weight (straight through).
+    """
+    if dtype != torch.bfloat16 or maps.rounded_to == dtype:
+        return maps
+    query, key = (side._replace(weight=_rounded(side.weight, dtype)) for side in (maps.query, maps.key))
+    return maps._replace(query=query, key=key, rounded_to=dtype)
+
+
+def _rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    near = weight.detach().to(dtype).to(weight.dtype)
+    # Exact: numbers this close have a difference without rounding.
+    return weight + (near - weight.detach()) if weight.requires_grad else near
 
 
 def fold_feature_map(maps: FeatureMap, side: str) -> LinearFeatures:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .configuration import SRFConfig
-from .feature_map import FeatureMap, FoldedMap
+from .feature_map import FeatureMap, FoldedMap, round_weights
 from .ops import fold, full_precision
 from .random_features import draw_projection
 
@@ -96,7 +96,7 @@ class SRFFeatures(nn.Module):
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.step = 0
         self.redraw_on_call = False
-        self._folded: tuple[tuple[torch.Tensor, ...], tuple[int, ...], FeatureMap, FoldedMap] | None = None
+        self._folded: tuple[tuple[torch.Tensor, ...], tuple[int, ...], FeatureMap, FoldedMap, FoldedMap] | None = None
         g, m, d = num_kv_heads, config.num_features, head_dim
         square, vector = (g, d, d), (g, d)
         shapes = {"projection": (g, m, d), "query_shift": vector, "key_shift": vector, "proposal": vector}
@@ -151,12 +151,16 @@ class SRFFeatures(nn.Module):
         """Projection and geometry for `ops.srf_attention`; parts that are the identity are `None`."""
         return self._current()[0]
 
-    def folded(self) -> FoldedMap:
-        """The same, folded for both sides; kept until a buffer changes, so that a decoding step does not fold."""
-        return self._current()[1]
+    def folded(self, dtype: torch.dtype | None = None) -> FoldedMap:
+        """The same, folded for both sides; kept until a buffer changes, so that a decoding step does not fold.
 
-    def _current(self) -> tuple[FeatureMap, FoldedMap]:
-        """Feature map and fold of the buffers as they stand, worked out again only when one of them has changed.
+        `dtype`: of the inputs that it is for, see `feature_map.round_weights`.
+        """
+        _, exact, rounded = self._current()
+        return rounded if dtype == torch.bfloat16 else exact
+
+    def _current(self) -> tuple[FeatureMap, FoldedMap, FoldedMap]:
+        """Feature map and folds of the buffers as they stand, worked out again only when one of them has changed.
 
         A change is seen by identity and version counter, not by value: this asks nothing of the device, and also
         catches loaders that replace or overwrite buffers behind this module's back.
@@ -173,7 +177,8 @@ class SRFFeatures(nn.Module):
                 return kept[2:]
             maps = FeatureMap(*buffers)
             with full_precision(self.projection.device):
-                return maps, fold(maps)
+                folded = fold(maps)
+                return maps, folded, round_weights(folded, torch.bfloat16)
         versions = tuple(0 if t.is_inference() else t._version for t in buffers)
         if (
             kept is not None
@@ -186,8 +191,9 @@ class SRFFeatures(nn.Module):
         maps = self._without_identities()
         with full_precision(self.projection.device):
             folded = fold(maps)
-        self._folded = (buffers, versions, maps, folded)
-        return maps, folded
+            rounded = round_weights(folded, torch.bfloat16)
+        self._folded = (buffers, versions, maps, folded, rounded)
+        return maps, folded, rounded
 
     @torch.no_grad()
     def _without_identities(self) -> FeatureMap:

@@ -41,6 +41,8 @@ def _attend(
     ints: list[int],
     scaling: float,
     foresight: torch.Tensor | None,
+    query_half: torch.Tensor | None,
+    key_half: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Attention of all blocks, and what the backward pass and the final state are made of.
 
@@ -55,10 +57,13 @@ def _attend(
     query_*, key_*
         Both sides of a `FoldedMap`.
     ints
-        Window, sinks, retained, retention delay, whether features are attended to.
+        Window, sinks, retained, retention delay, whether features are attended to, fading, whether they are learned.
     scaling : float
     foresight : (G, 1 + 4 D), optional
         See `retention.priority_level`.
+    query_half : (2, B, H, L), key_half : (2, B, G, E + L), float32, optional
+        What the first and the second half of a token's learned features subtract, in place of the half-norm; queries'
+        relative to the largest exact logit.
 
     Returns
     -------
@@ -69,7 +74,7 @@ def _attend(
     folded = [query_weight, query_bias, query_norm, query_norm_bias, key_weight, key_bias, key_norm, key_norm_bias]
     start = (start_sum, start_mass, start_max, window_priority, slot_token, slot_priority)
     call = begin(q, k, mask, documents, seen, folded, ints, scaling)
-    return forward(call, q, k, v, mask, start, ints[3], scaling, foresight)
+    return forward(call, q, k, v, mask, start, ints[3], scaling, foresight, query_half, key_half)
 
 
 def _attend_backward(
@@ -87,6 +92,7 @@ def _attend_backward(
     ints: list[int],
     scaling: float,
     with_maps: bool,
+    key_half: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Gradients of `_attend`; `saved` are its outputs 0 and 4 to 6.
 
@@ -94,10 +100,10 @@ def _attend_backward(
     -------
     list
         dq, dk, dv; with `seen` those of start_sum and start_mass; with `with_maps` those of the eight tensors of the
-        folded map (empty where there is none).
+        folded map (empty where there is none); with learned features those of query_half and key_half.
     """
     call = begin(q, k, mask, documents, seen, folded, ints, scaling)
-    return backward(call, q, k, v, mask, folded, saved, do, end_d_sum, end_d_mass, scaling, with_maps)
+    return backward(call, q, k, v, mask, folded, saved, do, end_d_sum, end_d_mass, scaling, with_maps, key_half)
 
 
 _OPERATOR = torch.library.custom_op(operator_name("attend"), _attend, mutates_args=())
@@ -111,7 +117,7 @@ def _(q, k, v, mask, documents, seen, *args):
 
 
 @_BACKWARD.register_fake
-def _(q, k, v, mask, documents, seen, folded, saved, do, end_d_sum, end_d_mass, ints, scaling, with_maps):
+def _(q, k, v, mask, documents, seen, folded, saved, do, end_d_sum, end_d_mass, ints, scaling, with_maps, key_half):
     s = sizes_of(q, k, folded[0].shape[1], ints)
     _, rows = count_blocks(q, s, documents, seen)
     return gradients(q, k, rows, folded, s, with_maps, True, seen is not None)
@@ -121,11 +127,11 @@ def _keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
     q, k, v, mask, documents, seen = inputs[:6]
     folded, ctx.ints, ctx.scaling = inputs[12:20], inputs[20], inputs[21]
     ctx.documents = documents
-    ctx.save_for_backward(q, k, v, mask, seen, *folded, output[0], *output[4:7])
+    ctx.save_for_backward(q, k, v, mask, seen, inputs[24], *folded, output[0], *output[4:7])
 
 
 def _differentiate(ctx: Any, grads: Any, call: Call | None = None) -> tuple:
-    q, k, v, mask, seen, *rest = ctx.saved_tensors
+    q, k, v, mask, seen, key_half, *rest = ctx.saved_tensors
     folded, saved = rest[:8], rest[8:]
     do, d_sum, d_mass = grads[:3]
     do = torch.zeros_like(saved[0]) if do is None else do
@@ -135,15 +141,17 @@ def _differentiate(ctx: Any, grads: Any, call: Call | None = None) -> tuple:
     with_maps = any(ctx.needs_input_grad[12:20])
     if call is None:
         out = _BACKWARD(
-            q, k, v, mask, ctx.documents, seen, folded, saved, do, d_sum, d_mass, ctx.ints, ctx.scaling, with_maps
-        )
+            q, k, v, mask, ctx.documents, seen, folded, saved, do, d_sum, d_mass, ctx.ints, ctx.scaling, with_maps,
+            key_half,
+        )  # fmt: skip
     else:
-        out = backward(call, q, k, v, mask, folded, saved, do, d_sum, d_mass, ctx.scaling, with_maps)
+        out = backward(call, q, k, v, mask, folded, saved, do, d_sum, d_mass, ctx.scaling, with_maps, key_half)
+    start, out = ((None, None), out) if seen is None else (out[3:5], out[:3] + out[5:])
     maps: list[Any] = [None] * 8
     if with_maps:
-        maps = [x if like is not None else None for x, like in zip(out[-8:], folded, strict=True)]
-    start = (None, None) if seen is None else out[3:5]
-    return (*out[:3], None, None, None, *start, *[None] * 4, *maps, None, None, None)
+        maps = [x if like is not None else None for x, like in zip(out[3:11], folded, strict=True)]
+    halves = (None, None) if key_half is None else out[-2:]
+    return (*out[:3], None, None, None, *start, *[None] * 4, *maps, None, None, None, *halves)
 
 
 _OPERATOR.register_autograd(_differentiate, setup_context=_keep)
@@ -155,10 +163,10 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
         q, k, v, mask, documents, seen = inputs[:6]
-        ints, scaling, foresight = inputs[20:]
+        ints, scaling, *more = inputs[20:]
         # Kept for the backward pass: tables of masks and documents take a hundred small operators.
         ctx.call = begin(q, k, mask, documents, seen, list(inputs[12:20]), ints, scaling)
-        output = forward(ctx.call, q, k, v, mask, inputs[6:12], ints[3], scaling, foresight)
+        output = forward(ctx.call, q, k, v, mask, inputs[6:12], ints[3], scaling, *more)
         _keep(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(False)

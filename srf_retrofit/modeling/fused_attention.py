@@ -11,7 +11,7 @@ import torch
 
 from .block_tables import plan_blocks, pool_keys
 from .configuration import SRFConfig
-from .feature_map import FoldedMap, LinearFeatures
+from .feature_map import FoldedMap, LinearFeatures, SoftmaxFeatures
 from .feature_sums import LOG_ZERO
 from .fused import attend
 from .fused_call import HAS_TRITON, Sizes, interpreted, sizes_of
@@ -39,6 +39,10 @@ def why_not_fused(q: torch.Tensor, config: SRFConfig, causal: bool, step: bool =
         return "the device is older than compute capability 8.0"
     if not causal:
         return "there is no kernel for causal=False"
+    if config.feature_map == "relu":
+        return "there is no kernel for feature_map='relu'"
+    if config.feature_map == "hedgehog" and (step or not config.window):
+        return f"there is no {'decode kernel' if step else 'kernel without a window'} for feature_map='hedgehog'"
     limits = {
         "window": (config.window, MAX_WINDOW),
         "num_features": (config.num_features, MAX_FEATURES),
@@ -95,7 +99,14 @@ def attend_fused(
     keys, values = pool_keys(state, k, "key", packed), pool_keys(state, v, "value", packed)
     start: list[torch.Tensor | None] = [None] * 6 if state is None else _start(state, config, packed)
     bounds = None if documents is None else [documents[0][0], *(end for _, end in documents)]
-    ints = [config.window, config.sinks, config.retained, config.retention_delay, int(use_tail), config.fade]
+    learned = isinstance(maps.query, SoftmaxFeatures)
+    ints = [
+        config.window, config.sinks, config.retained, config.retention_delay, int(use_tail), config.fade, int(learned),
+    ]  # fmt: skip
+    query_half: torch.Tensor | None = None
+    key_half: torch.Tensor | None = None
+    if learned:
+        maps, query_half, key_half = split_softmax(maps, q, keys)
     assert isinstance(maps.query, LinearFeatures)
     assert isinstance(maps.key, LinearFeatures)
     out = attend(
@@ -103,12 +114,49 @@ def attend_fused(
         *start,
         maps.query.weight, maps.query.bias, maps.query.norm_weight, maps.query.norm_bias,
         maps.key.weight, maps.key.bias, maps.key.norm_weight, maps.key.norm_bias, ints, float(scaling),
-        None if maps.foresight is None else maps.foresight.contiguous(),
+        None if maps.foresight is None else maps.foresight.contiguous(), query_half, key_half,
     )  # fmt: skip
     if not with_state:
         return out[0], None
     s = sizes_of(q, keys, maps.query.weight.shape[1], ints)
     return out[0], _final_state(out, keys, values, k, mask, documents, state, config, s)
+
+
+def split_softmax(maps: FoldedMap, q: torch.Tensor, keys: torch.Tensor) -> tuple[FoldedMap, torch.Tensor, torch.Tensor]:
+    """Learned features as the kernels take them: linear in a token but for two numbers, one for either half of them.
+
+    With `h = U x`, the features `[log softmax(h) | log softmax(-h)]` are `[h - logsumexp h | -h - logsumexp(-h)]`.
+
+    Parameters
+    ----------
+    maps : FoldedMap
+        Of `SoftmaxFeatures`, with a mixing factor.
+    q : (B, H, L, D); keys : (B, G, E + L, D)
+
+    Returns
+    -------
+    maps : FoldedMap
+        With both signs of the weights, to be taken times unscaled vectors.
+    query_half : (2, B, H, L); key_half : (2, B, G, E + L), float32
+        What is subtracted, less the mixing factor for queries. All is differentiable.
+    """
+    query, key = maps.query, maps.key
+    assert isinstance(query, SoftmaxFeatures)
+    assert isinstance(key, SoftmaxFeatures)
+    assert query.mixing is not None
+    sides = []
+    for side in (query, key):
+        weight = torch.cat([side.weight, -side.weight], 1)
+        sides.append(LinearFeatures(weight, weight.new_zeros(weight.shape[:2]), None, None))
+    query_half = _normalisers(q, query.weight) - query.mixing.reshape(-1, 1)
+    return maps._replace(query=sides[0], key=sides[1]), query_half, _normalisers(keys, key.weight)
+
+
+def _normalisers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`logsumexp` of `U x` and of `-U x`, (2, B, H, L), for x (B, H, L, D) in groups of heads and U (G, K, D)."""
+    b, heads, length, d = x.shape
+    h = torch.matmul(x.to(weight.dtype).reshape(b, weight.shape[0], -1, d), weight.mT)
+    return torch.stack([h.logsumexp(-1), (-h).logsumexp(-1)]).reshape(2, b, heads, length)
 
 
 def _start(state: SRFState, config: SRFConfig, packed: bool) -> list[torch.Tensor | None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .fused_call import Call, Sizes, carve, launcher, on_device, room_for, unit_stride
+from .fused_call import SCAN_WARPS, Call, Sizes, carve, launcher, on_device, room_for, strides, unit_stride
 from .fused_forward import kept_sizes, slot_index_sizes
 
 try:
@@ -36,6 +36,7 @@ def backward(
     end_d_mass: torch.Tensor | None,
     scaling: float,
     with_maps: bool,
+    given_key_half: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Launch the kernels of one call's backward pass; arguments and result as of `fused._attend_backward`."""
     s, t = call.sizes, call.tables
@@ -43,20 +44,25 @@ def backward(
     continues = call.continues
     o, mean, kept, slot_indices = saved
     log_sum, half_norm, log_mass, reference, key_half = carve(kept, *kept_sizes(s, blocks, rows, k))
-    slots, fold = carve(slot_indices, *slot_index_sizes(s, blocks, rows))
+    slots, fold, top_token = carve(slot_indices, *slot_index_sizes(s, blocks, rows))
+    key_half = key_half if given_key_half is None else given_key_half
+    query_step, key_step = q.shape[0] * q.shape[1] * q.shape[2], k.shape[0] * s.G * pool
     q, k, v, do = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(do)
     out = gradients(q, k, rows, folded, s, with_maps, mask is not None, continues)
     dq, dk, dv = out[:3]
     start_d_sum, start_d_mass = out[3:5] if continues else (None, None)
+    d_query_half, d_key_half = out[-2:] if s.LEARNED else (reference, reference)
     # In the order of the kernels: weight, bias, norm, norm_bias of either side.
-    pointers = [x if x.numel() else reference for x in out[-8:]] if with_maps else [reference] * 8
+    d_maps = out[3 + 2 * continues :][:8] if with_maps else []
+    pointers = [x if x.numel() else reference for x in d_maps] or [reference] * 8
     d_query, d_key = pointers[:4], pointers[4:]
 
     query_tile, key_tile = s.tiles["query"], s.tiles["key"]
     partials = blocks * s.G * query_tile.rounds * s.SINKS * s.D
     states, run_states = blocks * s.G * s.M, runs * s.G * s.M
-    scratch = (log_sum.numel(), partials, partials, states, run_states * s.D, run_states)
-    delta, d_sink_key, d_sink_value, d_mass, run_d_sum, run_d_mass = carve(
+    queries = s.G * s.R * blocks * s.W
+    scratch = (queries, partials, partials, states, run_states * s.D, run_states, queries if s.LEARNED else 0)
+    delta, d_sink_key, d_sink_value, d_mass, run_d_sum, run_d_mass, d_top = carve(
         q.new_empty(room_for(*scratch), dtype=torch.float32), *scratch
     )
     d_sum = torch.empty_like(mean)
@@ -66,37 +72,42 @@ def backward(
     make = q.new_zeros if continues else q.new_empty
     d_slots = carve(make(room_for(*both), dtype=torch.float32), *both) if s.H else (dk, dk)
 
-    key_strides, do_strides, dk_strides = (*k.stride()[:3], *v.stride()[:3]), do.stride()[:3], dk.stride()[:3]
-    query_strides = (*q.stride()[:3], *key_strides)
-    numbers = (*query_strides, *o.stride()[:3], *do_strides, *dq.stride()[:3], *dk_strides, blocks, pool)
+    key_strides, do_strides, dk_strides = (*strides(k), *strides(v)), strides(do), strides(dk)
+    query_strides = (*strides(q), *key_strides)
+    numbers = (
+        *query_strides, *strides(o), *do_strides, *strides(dq), *dk_strides, blocks, pool, q.shape[2],
+        query_step, key_step,
+    )  # fmt: skip
     launch = launcher(
-        call, "backward", numbers, (q, k, v, *saved, do, end_d_sum, end_d_mass, *call.query, *call.key),
+        call, "backward", numbers, (q, k, v, *saved, do, end_d_sum, end_d_mass, *call.query, *call.key, given_key_half),
         with_maps, mask is None, end_d_sum is None,
     )  # fmt: skip
-    split, maps = call.maps["SPLIT"], call.maps
+    maps = call.maps
+    # Without what only the forward pass reads, the low half of the norm.
+    query_map, key_map = ((*side[:3], *side[4:]) for side in (call.query, call.key))
 
     def common(**more: Any) -> dict[str, Any]:
         return dict(G=s.G, D=s.D, DP=s.DP, W=s.W, WP=s.WP, **call.kinds) | more
 
     with on_device(q.device):
         launch(
-            "query", query_kernel, (blocks, s.G, query_tile.rounds),
+            "query", query_kernel, (blocks * s.G * query_tile.rounds, 1, 1),
             (
                 q, k, v, o, do, dq, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots,
-                *call.query, call.root, *call.key[:3], key_half,
-                mean, log_mass, log_sum, half_norm, delta, d_sink_key, d_sink_value, *d_query,
-                scaling, blocks,
-                *query_strides, *o.stride()[:3], *do_strides, *dq.stride()[:3], call.one_batch, pool,
+                top_token, *query_map, call.root, *call.key[:2], key_half,
+                mean, log_mass, log_sum, half_norm, delta, d_sink_key, d_sink_value, *d_query, d_query_half, d_top,
+                scaling, blocks, q.shape[2], query_step,
+                *query_strides, *strides(o), *do_strides, *strides(dq), call.one_batch, pool,
             ),
             lambda: common(
                 R=s.R, M=s.M, MP=s.MP, HEADS=query_tile.heads, TILES=query_tile.rounds, SINKS=s.SINKS, SP=s.SP, H=s.H,
-                HP=s.HP, PART=s.PART, PURE=s.PURE, TAIL=s.TAIL, MATRIX=maps["MATRIX"], SPLIT=split,
+                HP=s.HP, PART=s.PART, PURE=s.PURE, TAIL=s.TAIL, MATRIX=maps["MATRIX"], LEARNED=s.LEARNED,
                 MAP_GRADIENT=with_maps, **query_tile.options,
             ),
         )  # fmt: skip
         if s.H and not continues:
             launch(
-                "clear", clear_kernel, (blocks, s.G, 1),
+                "clear", clear_kernel, (blocks * s.G, 1, 1),
                 (*d_slots, t.block_row, t.key_token, slots, *dk_strides, call.one_batch),
                 lambda: {n: getattr(s, n) for n in ("G", "D", "DP", "W", "WP", "H", "HP", "PART")} | {"num_warps": 4},
             )  # fmt: skip
@@ -104,15 +115,15 @@ def backward(
         def state(of_slots: bool, parts: int) -> None:
             tile = s.tiles["slots" if of_slots else "state"]
             launch(
-                f"state {of_slots}", state_kernel, (blocks, s.G, parts),
+                f"state {of_slots}", state_kernel, (blocks * s.G * parts, 1, 1),
                 (
-                    q, k, v, do, t.block_row, t.query_token, slots, *call.query[:3],
-                    log_mass, reference, log_sum, half_norm, delta, d_sum, d_mass, *d_slots, scaling, blocks,
+                    q, k, v, do, t.block_row, t.query_token, slots, top_token, *call.query[:2], call.root,
+                    log_mass, reference, log_sum, half_norm, delta, d_top, d_sum, d_mass, *d_slots, scaling, blocks,
                     *query_strides, *do_strides, *dk_strides, call.one_batch,
                 ),
                 lambda: common(
                     R=s.R, M=s.M, MP=s.MP, HEADS=tile.heads, TILES=tile.rounds, H=s.H, HP=s.HP, PART=s.PART,
-                    OF_SLOTS=of_slots, SPLIT=split, **tile.options,
+                    PARTS=parts, OF_SLOTS=of_slots, LEARNED=s.LEARNED, **tile.options,
                 ),
             )  # fmt: skip
 
@@ -128,36 +139,40 @@ def backward(
             dv.zero_()
         elif s.PURE:
             launch(
-                "own keys", in_block_key_kernel, (blocks, s.G, 1),
+                "own keys", in_block_key_kernel, (blocks * s.G, 1, 1),
                 (
                     q, k, v, do, dk, dv, t.block_row, t.query_token, t.key_token, t.key_position,
-                    *call.query[:3], *call.key, call.root, key_half, log_mass, log_sum, half_norm, delta, *d_key,
+                    *call.query[:2], *key_map, call.root, key_half, log_mass, log_sum, half_norm, delta, *d_key,
                     blocks, *query_strides, *do_strides, *dk_strides, call.one_batch, pool,
                 ),
                 lambda: common(
                     R=s.R, M=s.M, MP=s.MP, HEADS=key_tile.heads, TILES=key_tile.rounds, SINKS=s.SINKS, PART=s.PART,
-                    KEY_MATRIX=maps["KEY_MATRIX"], SPLIT=split, MAP_GRADIENT=with_maps,
+                    KEY_MATRIX=maps["KEY_MATRIX"], MAP_GRADIENT=with_maps,
                     **key_tile.options,
                 ),
             )  # fmt: skip
         else:
             launch(
-                "key", key_kernel, (blocks + rows, s.G, 1),
+                "key", key_kernel, ((blocks + rows) * s.G, 1, 1),
                 (
                     q, k, v, do, dk, dv, *d_slots, t.entry_table, t.query_token, t.key_token, t.key_position, slots,
-                    log_sum, delta, scaling, blocks, *query_strides, *do_strides, *dk_strides, call.one_batch,
+                    top_token, log_sum, delta, d_top, scaling, blocks, *query_strides, *do_strides, *dk_strides,
+                    call.one_batch,
                 ),
                 lambda: common(
                     R=s.R, HEADS=key_tile.heads, TILES=key_tile.rounds, SINKS=s.SINKS, H=s.H, HP=s.HP, PART=s.PART,
-                    **key_tile.options,
+                    LEARNED=s.LEARNED, **key_tile.options,
                 ),
             )  # fmt: skip
 
         def scan() -> dict[str, Any]:
-            return {"G": s.G, "M": s.M, "D": s.D, "DP": s.DP, "MB": s.scan_step, "num_warps": 4}
+            return {"G": s.G, "M": s.M, "D": s.D, "DP": s.DP, "MB": s.scan_step, "num_warps": SCAN_WARPS}
+
+        def walk_back() -> dict[str, Any]:
+            return scan() | {"PARTS": s.scan_parts}
 
         walked = (t.run_table, t.block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass)
-        launch("run gradient", run_gradient_kernel, (runs, s.G, s.scan_parts), walked, scan)
+        launch("run gradient", run_gradient_kernel, (runs * s.G * s.scan_parts, 1, 1), walked, walk_back)
         launch(
             "scan gradient", scan_gradient_kernel, (rows, s.G, s.scan_parts),
             (
@@ -166,17 +181,17 @@ def backward(
             ),
             lambda: scan() | {"END": end_d_sum is not None, "START": continues},
         )  # fmt: skip
-        launch("state gradient", state_gradient_kernel, (runs, s.G, s.scan_parts), walked, scan)
+        launch("state gradient", state_gradient_kernel, (runs * s.G * s.scan_parts, 1, 1), walked, walk_back)
         launch(
-            "fold gradient", fold_gradient_kernel, (blocks, s.G, 1),
+            "fold gradient", fold_gradient_kernel, (blocks * s.G, 1, 1),
             (
                 k, v, dk, dv, t.block_row, t.key_token, t.key_position, fold, t.block_full,
-                *call.key, call.root, key_half, reference, d_sum, d_mass, *d_key,
-                *key_strides, *dk_strides, call.one_batch, pool,
+                *key_map, call.root, key_half, reference, d_sum, d_mass, *d_key, d_key_half,
+                *key_strides, *dk_strides, call.one_batch, pool, key_step,
             ),
             lambda: common(
                 M=s.M, MP=s.MP, SINKS=s.SINKS, RETAINED=s.H, PURE=s.PURE, PART=s.PART, MATRIX=maps["KEY_MATRIX"],
-                SPLIT=split, MAP_GRADIENT=with_maps, **s.tiles["fold"].options,
+                LEARNED=s.LEARNED, MAP_GRADIENT=with_maps, **s.tiles["fold"].options,
             ),
         )  # fmt: skip
         if s.H and continues:
@@ -189,10 +204,9 @@ def backward(
                     "G": s.G, "D": s.D, "SINKS": s.SINKS, "TILES": query_tile.rounds, "COLUMNS": 128, "num_warps": 4,
                 },
             )  # fmt: skip
-    if with_maps:
-        for i, x in enumerate(out[-8:]):
-            if i % 4 in (0, 2) and x.numel():
-                x *= call.root
+    for i, x in enumerate(d_maps):
+        if i % 4 in (0, 2) and x.numel():
+            x *= call.root
     return out
 
 
@@ -214,6 +228,11 @@ def gradients(
         out += [q.new_empty(rows, s.G, s.M, s.D, dtype=torch.float32), q.new_empty(rows, s.G, s.M, dtype=torch.float32)]
     if with_maps:
         out += [q.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in folded]
+    if s.LEARNED:
+        # Keys that are never folded have no features.
+        halves = torch.zeros if has_mask or not s.TAIL else torch.empty
+        out.append(halves(2, *q.shape[:3], dtype=torch.float32, device=q.device))
+        out.append(torch.zeros(2, *k.shape[:3], dtype=torch.float32, device=q.device))
     return out
 
 

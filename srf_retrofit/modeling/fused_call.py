@@ -24,6 +24,10 @@ except ImportError:
     # The kernels are then not there either, see `fused_forward` and `fused_backward`.
     HAS_TRITON = False
 
+# For comparison: features that a program of a scan carries, and its warps.
+SCAN_STEP = int(os.environ.get("SRF_SCAN_STEP", "16"))
+SCAN_WARPS = int(os.environ.get("SRF_SCAN_WARPS", "4"))
+
 # Keys, features included, that a program takes at a time.
 PART = 64
 
@@ -43,6 +47,7 @@ class Sizes:
     TAIL: bool
     PART: int
     FADE: int
+    LEARNED: bool
 
     @functools.cached_property
     def MP(self) -> int:
@@ -75,7 +80,7 @@ class Sizes:
     @functools.cached_property
     def scan_step(self) -> int:
         """Features that one program of a scan carries."""
-        return min(16, self.MP)
+        return min(SCAN_STEP, self.MP)
 
     @functools.cached_property
     def scan_parts(self) -> int:
@@ -107,7 +112,8 @@ def launch_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
     plain = (64, 4)
     return {
         "priority": (64, 4),
-        "rank": (64, 4),
+        # A single warp adds up without a barrier, and that is most of what ranking does.
+        "rank": (64, 1 if s.HP <= 256 else 4),
         "run": (64, 4),
         "attend": (128, 8) if wide and not s.PURE and s.R * s.WP > 64 else (64, 4),
         "query": plain,
@@ -125,9 +131,11 @@ def _sizes(*fields: Any) -> Sizes:
 
 def sizes_of(q: torch.Tensor, k: torch.Tensor, features: int, ints: list[int]) -> Sizes:
     """Sizes of a call on q (B, H, L, D) and the pool k (B, G, E + L, D)."""
-    w, sinks, h, _, tail, fade = ints
-    g = k.shape[1]
-    return _sizes(g, q.shape[1] // g, features, q.shape[3], w or PURE_BLOCK, sinks, h, w == 0, bool(tail), PART, fade)
+    w, sinks, h, _, tail, fade, learned = ints
+    g, d = k.shape[1], q.shape[3]
+    return _sizes(
+        g, q.shape[1] // g, features, d, w or PURE_BLOCK, sinks, h, w == 0, bool(tail), PART, fade, bool(learned)
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -137,13 +145,13 @@ def power(n: int, least: int = 16) -> int:
 
 
 class Side(NamedTuple):
-    """A folded map of one side, scaled by the root of `scaling`; in two halves where operands are bfloat16.
+    """A folded map of one side as operands of the kernels; the norm is scaled by the root of `scaling`.
 
+    Where operands are bfloat16, weights have been rounded to it, and the norm's matrix comes in two halves.
     `|norm x + norm_bias|^2 / 2` has the gradient `gram x + gram_bias`.
     """
 
     weight: torch.Tensor
-    weight_low: torch.Tensor
     bias: torch.Tensor
     norm: torch.Tensor
     norm_low: torch.Tensor
@@ -175,27 +183,20 @@ def prepare_side(folded: list[torch.Tensor | None], root: float, split: bool) ->
     weight, bias, norm, norm_bias = folded
     assert weight is not None
     assert bias is not None
-    high, low = _halves(weight, root, split)
+    weight = (weight.bfloat16() if split else weight).contiguous()
     if norm_bias is None:
         norm_bias = bias.new_zeros(weight.shape[0], weight.shape[2])
     norm_bias = norm_bias.contiguous()
     if norm is None:
         # The kernels are compiled not to read a matrix; a pointer has to be given all the same.
-        return Side(high, low, bias.contiguous(), high, low, norm_bias, high, norm_bias)
+        return Side(weight, bias.contiguous(), weight, weight, norm_bias, weight, norm_bias)
     scaled = norm * root
     gram, gram_bias = scaled.mT @ scaled, (scaled.mT @ norm_bias.unsqueeze(-1)).squeeze(-1)
-    return Side(
-        high, low, bias.contiguous(), *_halves(norm, root, split), norm_bias,
-        gram.bfloat16() if split else gram, gram_bias,
-    )  # fmt: skip
-
-
-def _halves(x: torch.Tensor, root: float, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    x = (x * root).contiguous()
-    if not split:
-        return x, x
-    high = x.bfloat16()
-    return high, (x - high.float()).bfloat16()
+    high = low = scaled.contiguous()
+    if split:
+        high, gram = high.bfloat16(), gram.bfloat16()
+        low = (scaled - high.float()).bfloat16()
+    return Side(weight, bias.contiguous(), high, low, norm_bias, gram, gram_bias)
 
 
 class Call(NamedTuple):
@@ -208,7 +209,7 @@ class Call(NamedTuple):
     root: float
     one_batch: int
     kinds: dict[str, Any]  # operand type and precision of products
-    maps: dict[str, Any]  # which matrices there are, and whether weights come in halves
+    maps: dict[str, Any]  # which matrices there are, and whether they come in halves
     continues: bool  # rows continue from states
     kind: tuple[Any, ...]  # of kernels, as far as both passes share it, see `launcher`
 
@@ -243,7 +244,8 @@ def begin(
         retained=s.H, pure=s.PURE,
     )  # fmt: skip
     split = q.dtype == torch.bfloat16
-    root = scaling**0.5
+    # Learned features act on unscaled vectors.
+    root = 1.0 if s.LEARNED else scaling**0.5
     maps = (folded[2] is not None, folded[6] is not None, split)
     one_batch = int(documents is not None)
     return Call(
@@ -321,3 +323,8 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """`x` with unit stride along its last dimension; any other strides do."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of rows, heads and positions; none of a row by itself, so that its length is compiled for as any other's."""
+    return (x.stride(0) if x.shape[0] > 1 else 0), x.stride(1), x.stride(2)

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from .fused_call import Call, Sizes, carve, launcher, on_device, room_for, unit_stride
+from .block_tables import run_blocks
+from .fused_call import Call, Sizes, carve, launcher, on_device, power, room_for, strides, unit_stride
 
 try:
     from .triton_attend import attend_kernel
-    from .triton_retain import forecast_kernel, priority_kernel, rank_run_kernel, rank_scan_kernel
+    from .triton_retain import forecast_kernel, priority_kernel, rank_block_kernel, rank_run_kernel, rank_scan_kernel
     from .triton_sums import key_norm_kernel, run_kernel, scan_kernel
 except ImportError:
     # Nothing is launched then, see `fused_attention.why_not_fused`.
@@ -27,6 +28,8 @@ def forward(
     delay: int,
     scaling: float,
     foresight: torch.Tensor | None = None,
+    query_half: torch.Tensor | None = None,
+    given_key_half: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Launch the kernels of one call; arguments as of `fused.attend`, with what rows continue from in `start`."""
     s, t = call.sizes, call.tables
@@ -35,19 +38,24 @@ def forward(
     out = outputs(q, k, s, blocks, rows, keep_zeros=mask is not None)
     o, end_sum, end_mass, end_max, mean, kept, slot_indices, slot_values = out
     log_sum, half_norm, log_mass, reference, key_half = carve(kept, *kept_sizes(s, blocks, rows, k))
-    slots, fold = carve(slot_indices, *slot_index_sizes(s, blocks, rows))
+    slots, fold, top_token = carve(slot_indices, *slot_index_sizes(s, blocks, rows))
+    if given_key_half is not None:
+        key_half = given_key_half
+    # From one half of learned features to the other, in what is given for queries and for keys.
+    query_step, key_step = q.shape[0] * q.shape[1] * q.shape[2], k.shape[0] * s.G * pool
     slot_top, priority = carve(slot_values, *slot_value_sizes(s, blocks, rows))
     sums = runs * s.G * s.M
     foresight = foresight if s.H else None
     keys = 0 if foresight is None else k.shape[0] * s.G * pool
-    scratch = (sums * s.D, sums, sums, blocks * s.G * 2 * s.W if s.H else 0, runs * s.G * s.H, keys)
-    run_sum, run_mass, run_max, received, run_priority, octaves = carve(
+    levels = blocks * s.G * s.W if s.H else 0
+    scratch = (sums * s.D, sums, sums, 2 * levels, levels, runs * s.G * s.H, keys)
+    run_sum, run_mass, run_max, received, level, run_priority, octaves = carve(
         q.new_empty(room_for(*scratch), dtype=torch.float32), *scratch
     )
     delay = min(delay, s.W // 2)
-    query_strides, key_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
-    numbers = (*query_strides, *key_strides, *o.stride()[:3], blocks, pool, delay)
-    tensors = (q, k, v, *start, *call.query, *call.key, foresight)
+    query_strides, key_strides = strides(q), (*strides(k), *strides(v))
+    numbers = (*query_strides, *key_strides, *strides(o), blocks, pool, delay, q.shape[2], query_step, key_step)
+    tensors = (q, k, v, *start, *call.query, *call.key, foresight, query_half, given_key_half)
     launch = launcher(call, "forward", numbers, tensors, foresight is not None)
 
     def common(**more: Any) -> dict[str, Any]:
@@ -73,57 +81,58 @@ def forward(
                     lambda: {"G": s.G, "D": s.D, "DP": s.DP, "ROWS": 64, "num_warps": 4, "num_stages": 1},
                 )  # fmt: skip
 
-            def rank(write: bool) -> None:
-                launch(
-                    f"rank {write}", rank_run_kernel, (runs, s.G, 1),
-                    (
-                        t.run_table, t.block_row, t.row_block, t.key_token, t.key_position, t.block_full, received,
-                        start[3], foresight, octaves, call.one_batch, pool,
-                        run_token, run_priority, priority, slots, slot_top, fold,
-                    ),
-                    lambda: ranking
-                    | {"SINKS": s.SINKS, "D": s.D, "FADE": s.FADE, "FORESIGHT": foresight is not None, "WRITE": write},
-                )  # fmt: skip
-
-            ranking = {
-                "G": s.G,
-                "W": s.W,
-                "WP": s.WP,
-                "H": s.H,
-                "HP": s.HP,
-                "START": start[0] is not None,
-                **s.tiles["rank"].options,
-            }
-            rank(False)
+            slots_of = {"G": s.G, "W": s.W, "H": s.H, "HP": s.HP}
+            per_run = run_blocks(s.W)
+            run_keys = power(per_run * s.W)
+            begins = {"WP": s.WP, "START": start[0] is not None}
+            launch(
+                "rank runs", rank_run_kernel, (runs, s.G, 1),
+                (
+                    t.run_table, t.block_row, t.row_block, t.key_token, t.key_position, t.block_full, received,
+                    start[3], foresight, octaves, call.one_batch, pool, blocks,
+                    priority, level, run_token, run_priority,
+                ),
+                lambda: slots_of | begins | s.tiles["rank"].options | {
+                    "KEYS": run_keys, "SINKS": s.SINKS, "D": s.D, "FADE": s.FADE, "FORESIGHT": foresight is not None,
+                },
+            )  # fmt: skip
             launch(
                 "rank scan", rank_scan_kernel, (rows, s.G, 1),
                 (
                     t.row_run, t.row_block, start[4], start[5], start[3], run_token, run_priority,
                     priority, slots, slot_top,
                 ),
-                lambda: ranking,
+                lambda: slots_of | begins | s.tiles["rank"].options,
             )  # fmt: skip
-            rank(True)
-        launch(
-            "key norm", key_norm_kernel, (-(-pool // 64), s.G, k.shape[0]),
-            (k, *call.key[3:6], call.root, key_half, *key_strides[:3], pool),
-            lambda: dict(
-                G=s.G, D=s.D, DP=s.DP, ROWS=64, PART=s.PART, MATRIX=call.maps["KEY_MATRIX"],
-                SPLIT=call.maps["SPLIT"], **call.kinds, num_warps=4, num_stages=1,
-            ),
-        )  # fmt: skip
+            launch(
+                "rank blocks", rank_block_kernel, (blocks, s.G, 1),
+                (
+                    t.block_row, t.row_block, t.row_run, t.key_token, level, run_token, run_priority, blocks,
+                    slots, slot_top, fold,
+                ),
+                lambda: slots_of | {"RUN": per_run, "KEYS": run_keys} | s.tiles["rank"].options,
+            )  # fmt: skip
+        if not s.LEARNED:
+            launch(
+                "key norm", key_norm_kernel, (-(-pool // 64), s.G, k.shape[0]),
+                (k, *call.key[2:5], call.root, key_half, *key_strides[:3], pool),
+                lambda: dict(
+                    G=s.G, D=s.D, DP=s.DP, ROWS=64, PART=s.PART, MATRIX=call.maps["KEY_MATRIX"],
+                    SPLIT=call.maps["SPLIT"], **call.kinds, num_warps=4, num_stages=1,
+                ),
+            )  # fmt: skip
 
         def walk(write: bool) -> None:
             launch(
-                f"walk {write}", run_kernel, (runs, s.G, s.feature_parts),
+                f"walk {write}", run_kernel, (runs * s.G * s.feature_parts, 1, 1),
                 (
                     k, v, t.run_table, t.block_row, t.key_token, t.key_position, fold, t.block_full,
-                    *call.key[:3], key_half, run_sum, run_mass, run_max, mean, log_mass, reference,
-                    *key_strides, call.one_batch, pool,
+                    *call.key[:2], call.root, key_half, run_sum, run_mass, run_max, mean, log_mass, reference,
+                    *key_strides, call.one_batch, pool, key_step,
                 ),
                 lambda: common(
-                    M=s.M, RETAINED=s.H, PURE=s.PURE, FEATURES=min(s.PART, s.MP), SPLIT=call.maps["SPLIT"],
-                    WRITE=write, **s.tiles["run"].options,
+                    M=s.M, RETAINED=s.H, PURE=s.PURE, FEATURES=min(s.PART, s.MP), PARTS=s.feature_parts, WRITE=write,
+                    LEARNED=s.LEARNED, **s.tiles["run"].options,
                 ),
             )  # fmt: skip
 
@@ -140,16 +149,16 @@ def forward(
         walk(True)
         wide = s.tiles["attend"]
         launch(
-            "attend", attend_kernel, (blocks, s.G, wide.rounds),
+            "attend", attend_kernel, (blocks * s.G * wide.rounds, 1, 1),
             (
-                q, k, v, o, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots,
-                *call.query[:6], call.root, *call.key[:3], key_half, mean, log_mass, log_sum, half_norm,
-                scaling, blocks,
-                *query_strides, *key_strides, *o.stride()[:3], call.one_batch, pool,
+                q, k, v, o, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots, top_token,
+                *call.query[:5], call.root, log_sum if query_half is None else query_half, *call.key[:2], key_half,
+                mean, log_mass, log_sum, half_norm, scaling, blocks, q.shape[2], query_step,
+                *query_strides, *key_strides, *strides(o), call.one_batch, pool,
             ),
             lambda: common(
-                R=s.R, M=s.M, MP=s.MP, HEADS=wide.heads, SP=s.SP, H=s.H, HP=s.HP, PART=s.PART, PURE=s.PURE,
-                TAIL=s.TAIL, MATRIX=call.maps["MATRIX"], SPLIT=call.maps["SPLIT"],
+                R=s.R, M=s.M, MP=s.MP, HEADS=wide.heads, TILES=wide.rounds, SP=s.SP, H=s.H, HP=s.HP, PART=s.PART,
+                PURE=s.PURE, TAIL=s.TAIL, MATRIX=call.maps["MATRIX"], LEARNED=s.LEARNED, SPLIT=call.maps["SPLIT"],
                 **wide.options,
             ),
         )  # fmt: skip
@@ -160,14 +169,17 @@ def kept_sizes(s: Sizes, blocks: int, rows: int, k: torch.Tensor) -> tuple[int, 
     """Sizes of what the backward pass starts from.
 
     log_sum and half_norm (H, N w) of queries; log_mass and reference (N + rows, G, M); half_norm of keys (B, G, E + L).
+    With learned features half_norm is (2, H, N w), and that of keys is given.
     """
     queries, states = s.G * s.R * blocks * s.W, (blocks + rows) * s.G * s.M
-    return queries, queries, states, states, k.shape[0] * s.G * k.shape[2]
+    keys = k.shape[0] * s.G * k.shape[2]
+    return queries, queries * (1 + s.LEARNED), states, states, 0 if s.LEARNED else keys
 
 
-def slot_index_sizes(s: Sizes, blocks: int, rows: int) -> tuple[int, int]:
-    """Sizes of slot_token (N + rows, G, h) and fold_token (N, G, w)."""
-    return (blocks + rows) * s.G * s.H, blocks * s.G * s.W if s.H else 0
+def slot_index_sizes(s: Sizes, blocks: int, rows: int) -> tuple[int, int, int]:
+    """Sizes of slot_token (N + rows, G, h), fold_token (N, G, w), and with learned features top_token (H, N w)."""
+    queries = s.G * s.R * blocks * s.W
+    return (blocks + rows) * s.G * s.H, blocks * s.G * s.W if s.H else 0, queries if s.LEARNED else 0
 
 
 def slot_value_sizes(s: Sizes, blocks: int, rows: int) -> tuple[int, int]:
@@ -179,7 +191,7 @@ def slot_tensors(
     out: list[torch.Tensor], entries: int, rows: int, s: Sizes
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of outputs 6 and 7 of `attend`: slot_token and slot_priority (entries, G, h), priority (entries, G, w)."""
-    token, _ = carve(out[6], *slot_index_sizes(s, entries - rows, rows))
+    token, *_ = carve(out[6], *slot_index_sizes(s, entries - rows, rows))
     top, priority = carve(out[7], *slot_value_sizes(s, entries - rows, rows))
     slots = entries * s.G * s.H
     shape = entries, s.G, -1

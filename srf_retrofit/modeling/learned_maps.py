@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .configuration import SRFConfig
-from .feature_map import Features, FoldedMap, LinearFeatures, ReluFeatures, SoftmaxFeatures
+from .feature_map import Features, FoldedMap, LinearFeatures, ReluFeatures, SoftmaxFeatures, round_weights
 from .features import SRFFeatures, no_foresight, set_foresight_
 from .random_features import draw_projection
 
@@ -114,10 +114,11 @@ class LearnedMaps(nn.Module):
         """As `SRFFeatures.set_foresight`."""
         set_foresight_(self, value, self.num_kv_heads, self.head_dim)
 
-    def folded(self) -> FoldedMap:
-        """Both maps, for `ops.srf_attention`."""
+    def folded(self, dtype: torch.dtype | None = None) -> FoldedMap:
+        """Both maps, for `ops.srf_attention`; `dtype`: of the inputs, see `feature_map.round_weights`."""
         foresight = self.get_buffer("foresight") if self.config.retained else None
-        return FoldedMap(*self._sides(), foresight=foresight)
+        maps = FoldedMap(*self._sides(), foresight=foresight)
+        return maps if dtype is None else round_weights(maps, dtype)
 
     def _sides(self) -> tuple[Features, Features]:
         p = dict(self.named_parameters())

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .bidirectional import attend_bidirectional
 from .chunked import attend_segment
 from .configuration import SRFConfig
-from .feature_map import FeatureMap, FoldedMap, LinearFeatures, fold_feature_map
+from .feature_map import FeatureMap, FoldedMap, LinearFeatures, fold_feature_map, round_weights
 from .fused_attention import attend_fused, why_not_fused
 from .fused_call import interpreted
 from .layout import Layout, cut, join, plan_layout
@@ -61,7 +61,7 @@ def srf_attention(
     k, v : (B, G, L, D), the dtype and device of `q`, `H` a multiple of `G`
         After rotary embedding, unscaled.
     feature_map : FeatureMap, or the FoldedMap that `fold` made of one
-        One projection and geometry per key/value head.
+        One projection and geometry per key/value head; for bfloat16 inputs see `feature_map.round_weights`.
     config : SRFConfig
     scaling : float, optional
         Softmax scale, `D ** -0.5` by default.
@@ -103,6 +103,7 @@ def srf_attention(
         with full_precision(q.device):
             maps = fold(feature_map)
     _check_tensors(q, k, v, maps, chunk_size)
+    maps = round_weights(maps, q.dtype)
     step = q.shape[2] == 1 and initial_state is not None
     chosen, _ = choose_backend(q, config, causal=causal, step=step, backend=backend)
     b, _, length, d = q.shape
@@ -188,9 +189,7 @@ def choose_backend(
     if backend == "torch":
         return "torch", "asked for"
     reason = why_not_fused(q, config, causal, step)
-    if config.feature_map not in ("random", "trained"):
-        reason = f"the kernels compute exponential features, not feature_map={config.feature_map!r}"
-    elif reason is None and step and not config.num_features:
+    if reason is None and step and not config.num_features:
         reason = "the decode kernel needs features, and num_features is 0"
     elif reason is None and step:
         reason = refusal(config, q.shape[-1], q.dtype, q.device)
@@ -211,10 +210,14 @@ def with_unused_features(maps: FoldedMap, state: SRFState | None) -> tuple[Folde
     return maps._replace(query=side, key=side), None if state is None else with_features(state, _FEWEST_FEATURES)
 
 
-def fold(feature_map: FeatureMap) -> FoldedMap:
-    """Fold both sides of a feature map; worth keeping while the features do not change."""
+def fold(feature_map: FeatureMap, dtype: torch.dtype | None = None) -> FoldedMap:
+    """Fold both sides of a feature map; worth keeping while the features do not change.
+
+    `dtype`: of the inputs that it is for; `srf_attention` rounds what has not been rounded for it, at every call.
+    """
     query, key = fold_feature_map(feature_map, "query"), fold_feature_map(feature_map, "key")
-    return FoldedMap(query, key, feature_map.foresight)
+    maps = FoldedMap(query, key, feature_map.foresight)
+    return maps if dtype is None else round_weights(maps, dtype)
 
 
 @contextlib.contextmanager

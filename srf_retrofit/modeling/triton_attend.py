@@ -1,7 +1,7 @@
 """The attention of a block's queries: exact keys and features in one softmax, forward.
 
 A program holds a tile of queries (some query heads of one key/value head, one block of positions) and lets it absorb
-the features, the sinks, the retained keys and the block's own neighbourhood in turn, with a running maximum as in
+the sinks, the retained keys, the block's own neighbourhood and the features in turn, with a running maximum as in
 flash attention. The pure form has no exact keys; there a block's queries meet its own keys through features, see
 `triton_pure`.
 """
@@ -18,10 +18,12 @@ from .triton_common import (
     LOG_ZERO,
     dot,
     half_norm_of,
+    less_half,
     load_part,
     load_rows,
     load_rows_of_heads,
     load_vector,
+    program,
     project,
     store_rows_of_heads,
 )
@@ -37,6 +39,14 @@ def absorb(logits, values, top, mass, total, OPERAND: tl.constexpr, PRECISION: t
     decay = tl.exp(top - above)
     total = total * decay[:, None] + dot(weight.to(OPERAND), values, PRECISION)
     return above, mass * decay + tl.sum(weight, 1), total
+
+
+@triton.jit
+def key_at_top(logits, at, top, top_at):
+    """The token of the key with the largest logit so far, given those (N, E) of further keys at `at` (E,)."""
+    here = tl.max(logits, 1)
+    best = tl.max(tl.where(logits == here[:, None], at[None, :], -2), 1)
+    return tl.where(here > top, best, top_at)
 
 
 @triton.jit
@@ -56,20 +66,22 @@ def load_sinks(sink_token, row, SINKS: tl.constexpr, SP: tl.constexpr):
 
 @triton.jit
 def attend_kernel(
-    q, k, v, o, block_row, query_token, key_token, key_position, sink_token, slot_token,
-    weight, weight_low, bias, norm, norm_low, norm_bias, root,
-    key_weight, key_weight_low, key_bias, key_half, mean, log_mass, log_sum, half_norm, scaling, blocks,
+    q, k, v, o, block_row, query_token, key_token, key_position, sink_token, slot_token, top_token,
+    weight, bias, norm, norm_low, norm_bias, root, given,
+    key_weight, key_bias, key_half, mean, log_mass, log_sum, half_norm, scaling, blocks, length, one_half,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, one_batch, pool,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, SINKS: tl.constexpr, SP: tl.constexpr,
-    H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
-    MATRIX: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
+    SP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
+    MATRIX: tl.constexpr, LEARNED: tl.constexpr,
+    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of `HEADS` heads of a block; `log_sum` and `half_norm` (H, N W) are what the backward pass starts from.
 
-    All keys, features included, come in parts of at most `PART`.
+    All keys, features included, come in parts of at most `PART`. Learned features have `given` (2, B, H, L) in place of
+    the half-norm; `half_norm` is (2, H, N W) then, and `top_token` (H, N W) the exact key with the largest logit.
     """
-    block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    block, g, tile = program(G, TILES)
     row = tl.load(block_row + block)
     entry = block + row
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
@@ -86,8 +98,47 @@ def attend_kernel(
     top = tl.full((HEADS * WP,), LOG_ZERO, tl.float32)
     mass = tl.full((HEADS * WP,), 1.0, tl.float32)
     total = tl.zeros((HEADS * WP, DP), tl.float32)
+    if LEARNED:
+        top_at = tl.full((HEADS * WP,), -2, tl.int32)
+    if SINKS > 0:
+        sink_at = load_sinks(sink_token, row, SINKS, SP)
+        sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
+        sink_values = load_rows(v, sink_at, svl, D, DP, OPERAND)
+        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
+        if LEARNED:
+            top_at = key_at_top(exact, sink_at, top, top_at)
+        top, mass, total = absorb(exact, sink_values, top, mass, total, OPERAND, PRECISION)
+    if H > 0:
+        SLOTS: tl.constexpr = min(PART, HP)
+        for start in range(0, HP, SLOTS):
+            slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
+            slot_keys = load_rows(k, slot_at, skl, D, DP, OPERAND)
+            slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
+            slot_logits = dot(x, tl.trans(slot_keys), PRECISION) * scaling
+            slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
+            if LEARNED:
+                top_at = key_at_top(slot_logits, slot_at, top, top_at)
+            top, mass, total = absorb(slot_logits, slot_values, top, mass, total, OPERAND, PRECISION)
+    if not PURE:
+        LOCAL: tl.constexpr = min(PART, 2 * WP)
+        for start in range(0, 2 * WP, LOCAL):
+            near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)
+            near_keys = load_rows(k, near_at, skl, D, DP, OPERAND)
+            near_values = load_rows(v, near_at, svl, D, DP, OPERAND)
+            near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
+            if LEARNED:
+                top_at = key_at_top(near_logits, near_at, top, top_at)
+            top, mass, total = absorb(near_logits, near_values, top, mass, total, OPERAND, PRECISION)
+
+    if LEARNED:
+        # Learned features are relative to the largest exact logit, see `feature_map.beside_exact_keys`.
+        place_given = given + (batch * (G * R) + head) * length + token
+        half = tl.load(place_given, mask=token >= 0, other=0.0) - top
+        other = tl.load(place_given + one_half, mask=token >= 0, other=0.0) - top
+    else:
+        half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
+        other = half
     FEATURES: tl.constexpr = min(PART, MP)
-    half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
     if PURE and TAIL:
         own_at, own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
         own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
@@ -100,42 +151,23 @@ def attend_kernel(
             # All loads of a part stand before its first product: none is moved ahead of one by the compiler.
             past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
             values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
-            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
+            a = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
+            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
+            a = less_half(a, half, other, start, M, FEATURES, LEARNED)
             top, mass, total = absorb(a + past[None, :], values, top, mass, total, OPERAND, PRECISION)
             if PURE:
                 # The parts of a key's weight that come from different features are further keys with the same value.
-                b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+                b = project(own_keys, key_weight, g, start, M, FEATURES, D, DP, PRECISION) * root
                 b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
                 b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
                 own_logits = in_block_logits(a, b, past, first, WP, OPERAND, PRECISION)
                 own_logits = tl.where(visible, own_logits, float("-inf"))
                 top, mass, total = absorb(own_logits, own_values, top, mass, total, OPERAND, PRECISION)
-    if SINKS > 0:
-        sink_at = load_sinks(sink_token, row, SINKS, SP)
-        sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
-        sink_values = load_rows(v, sink_at, svl, D, DP, OPERAND)
-        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
-        top, mass, total = absorb(exact, sink_values, top, mass, total, OPERAND, PRECISION)
-    if H > 0:
-        SLOTS: tl.constexpr = min(PART, HP)
-        for start in range(0, HP, SLOTS):
-            slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
-            slot_keys = load_rows(k, slot_at, skl, D, DP, OPERAND)
-            slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
-            slot_logits = dot(x, tl.trans(slot_keys), PRECISION) * scaling
-            slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
-            top, mass, total = absorb(slot_logits, slot_values, top, mass, total, OPERAND, PRECISION)
-    if not PURE:
-        LOCAL: tl.constexpr = min(PART, 2 * WP)
-        for start in range(0, 2 * WP, LOCAL):
-            near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)
-            near_keys = load_rows(k, near_at, skl, D, DP, OPERAND)
-            near_values = load_rows(v, near_at, svl, D, DP, OPERAND)
-            near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
-            top, mass, total = absorb(near_logits, near_values, top, mass, total, OPERAND, PRECISION)
 
     store_rows_of_heads(o + batch * sob + head * soh, token, sol, total / mass[:, None], D, DP)
     at = head * (blocks * W) + block * W + place
     tl.store(log_sum + at, top + tl.log(mass), mask=token >= 0)
     tl.store(half_norm + at, half, mask=token >= 0)
+    if LEARNED:
+        tl.store(half_norm + (G * R) * (blocks * W) + at, other, mask=token >= 0)
+        tl.store(top_token + at, top_at, mask=token >= 0)

@@ -24,11 +24,14 @@ from .triton_common import (
     LOG_ZERO,
     add_weight_gradient,
     dot,
+    less_half,
     load_part,
     load_rows,
     load_rows_of_heads,
     load_vector,
     norm_gradient,
+    of_second_half,
+    program,
     project,
     store_part,
     store_rows,
@@ -44,6 +47,12 @@ def exact_gradient(logits, do, delta, log_sum, values, scaling, PRECISION: tl.co
     """Probabilities of exact keys, and the gradient of their logits before scaling."""
     p = tl.exp(logits - log_sum[:, None])
     return p, p * (dot(do, tl.trans(values), PRECISION) - delta[:, None]) * scaling
+
+
+@triton.jit
+def through_top(d_logits, at, top_at, d_top, scaling):
+    """The gradient of exact logits with that of a query's largest one, on whose scale its learned features are."""
+    return d_logits + tl.where(at[None, :] == top_at[:, None], (d_top * scaling)[:, None], 0.0)
 
 
 @triton.jit
@@ -70,7 +79,7 @@ def clear_kernel(
 
     They have just left the window, so they are keys of the entry before. Before a row's first block no slot is taken.
     """
-    block, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, g, _ = program(G, 1)
     row = tl.load(block_row + block)
     entry = block + row
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
@@ -84,19 +93,23 @@ def clear_kernel(
 
 @triton.jit
 def query_kernel(
-    q, k, v, o, do, dq, block_row, query_token, key_token, key_position, sink_token, slot_token,
-    weight, weight_low, bias, norm, norm_low, norm_bias, gram, gram_bias, root,
-    key_weight, key_weight_low, key_bias, key_half, mean, log_mass, log_sum, half_norm, delta,
-    d_sink_key, d_sink_value, d_weight, d_bias, d_norm, d_norm_bias, scaling, blocks,
+    q, k, v, o, do, dq, block_row, query_token, key_token, key_position, sink_token, slot_token, top_token,
+    weight, bias, norm, norm_bias, gram, gram_bias, root,
+    key_weight, key_bias, key_half, mean, log_mass, log_sum, half_norm, delta,
+    d_sink_key, d_sink_value, d_weight, d_bias, d_norm, d_norm_bias, d_given, d_top,
+    scaling, blocks, length, one_half,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, sdb, sdh, sdl, seb, seh, sel, one_batch, pool,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
     SP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
-    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
-    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, LEARNED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dq` and `delta = do . o` of a tile; its part of the sinks' gradients, (N, G, TILES, SINKS, D)."""
-    block, g, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    """`dq` and `delta = do . o` of a tile; its part of the sinks' gradients, (N, G, TILES, SINKS, D).
+
+    With learned features also the gradients of what was `given` (2, B, H, L) and of the largest exact logit (H, N W).
+    """
+    block, g, tile = program(G, TILES)
     row = tl.load(block_row + block)
     entry = block + row
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
@@ -118,67 +131,96 @@ def query_kernel(
     ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
     dx = tl.zeros((HEADS * WP, DP), tl.float32)
 
-    if SINKS > 0:
-        sink_at = load_sinks(sink_token, row, SINKS, SP)
-        sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
-        sink_values = load_rows(v, sink_at, svl, D, DP, OPERAND)
-        exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
-        sink_p, sink_d_logits = exact_gradient(exact, dy, dl, ls, sink_values, scaling, PRECISION)
-        dx += dot(sink_d_logits.to(OPERAND), sink_keys, PRECISION)
-        here = ((block * G + g) * TILES + tile) * SINKS * D
-        store_part(d_sink_key + here, 0, dot(tl.trans(sink_d_logits.to(OPERAND)), x, PRECISION), SINKS, SP, D, DP)
-        store_part(d_sink_value + here, 0, dot(tl.trans(sink_p.to(OPERAND)), dy, PRECISION), SINKS, SP, D, DP)
-    if H > 0:
-        SLOTS: tl.constexpr = min(PART, HP)
-        for start in range(0, HP, SLOTS):
-            slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
-            slot_keys = load_rows(k, slot_at, skl, D, DP, OPERAND)
-            slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
-            slot_logits = dot(x, tl.trans(slot_keys), PRECISION) * scaling
-            slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
-            _slot_p, slot_d_logits = exact_gradient(slot_logits, dy, dl, ls, slot_values, scaling, PRECISION)
-            dx += dot(slot_d_logits.to(OPERAND), slot_keys, PRECISION)
-    if PURE and TAIL:
-        own_at, own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
-        own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
-        own_half = tl.load(key_half + (batch * G + g) * pool + own_at, mask=own_at >= 0, other=0.0)
-        d_own = dot(dy, tl.trans(load_rows(v, own_at, svl, D, DP, OPERAND)), PRECISION) - dl[:, None]
-        d_own = tl.where((own_at >= 0)[None, :] & (own_place[None, :] <= place[:, None]), d_own, 0.0)
-        first = first_key(own_at >= 0, WP)
-    if not PURE:
-        LOCAL: tl.constexpr = min(PART, 2 * WP)
-        for start in range(0, 2 * WP, LOCAL):
-            near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)
-            near_keys = load_rows(k, near_at, skl, D, DP, OPERAND)
-            near_values = load_rows(v, near_at, svl, D, DP, OPERAND)
-            near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
-            _near_p, near_d_logits = exact_gradient(near_logits, dy, dl, ls, near_values, scaling, PRECISION)
-            dx += dot(near_d_logits.to(OPERAND), near_keys, PRECISION)
-    if TAIL:
-        FEATURES: tl.constexpr = min(PART, MP)
-        total = tl.zeros((HEADS * WP,), tl.float32)
-        half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
-        for start in range(0, MP, FEATURES):
-            past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
-            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION) - half[:, None]
-            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
-            logits = a + past[None, :]
-            values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
-            _, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
-            if PURE:
-                b = project(own_keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-                b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
-                b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
-                da += in_block_query_gradient(a, b, past, first, ls, d_own, WP, OPERAND, PRECISION)
-            w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
-            dx += dot(da.to(w.dtype), w, PRECISION)
-            total += tl.sum(da, 1)
-            if MAP_GRADIENT:
-                add_weight_gradient(da, x, d_weight, d_bias, g, start, M, FEATURES, D, DP, PRECISION)
-        dx = norm_gradient(
-            dx, total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
-            MAP_GRADIENT, PRECISION,
-        )  # fmt: skip
+    for turn in tl.static_range(2):
+        # Learned features first: the largest exact logit has their gradient. Others last: that takes fewer registers.
+        if (turn == 0) == LEARNED:
+            if PURE and TAIL:
+                own_at, own_place = local_keys(key_token, entry, position, WP, W, WP, WP, SINKS)
+                own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
+                own_half = tl.load(key_half + (batch * G + g) * pool + own_at, mask=own_at >= 0, other=0.0)
+                d_own = dot(dy, tl.trans(load_rows(v, own_at, svl, D, DP, OPERAND)), PRECISION) - dl[:, None]
+                d_own = tl.where((own_at >= 0)[None, :] & (own_place[None, :] <= place[:, None]), d_own, 0.0)
+                first = first_key(own_at >= 0, WP)
+            if TAIL:
+                FEATURES: tl.constexpr = min(PART, MP)
+                total = tl.zeros((HEADS * WP,), tl.float32)
+                second = tl.zeros((HEADS * WP,), tl.float32)
+                half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
+                other = half
+                if LEARNED:
+                    other = tl.load(half_norm + (G * R) * (blocks * W) + cell, mask=token >= 0, other=0.0)
+                for start in range(0, MP, FEATURES):
+                    past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
+                    a = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
+                    a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
+                    a = less_half(a, half, other, start, M, FEATURES, LEARNED)
+                    logits = a + past[None, :]
+                    values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
+                    _, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
+                    if PURE:
+                        b = project(own_keys, key_weight, g, start, M, FEATURES, D, DP, PRECISION) * root
+                        b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
+                        b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
+                        da += in_block_query_gradient(a, b, past, first, ls, d_own, WP, OPERAND, PRECISION)
+                    w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
+                    dx += dot((da * root).to(w.dtype), w, PRECISION)
+                    total += tl.sum(da, 1)
+                    if LEARNED:
+                        second += of_second_half(da, start, M, FEATURES)
+                    if MAP_GRADIENT:
+                        add_weight_gradient(da, x, d_weight, d_bias, g, start, M, FEATURES, D, DP, PRECISION)
+                if LEARNED:
+                    place_given = d_given + (batch * (G * R) + head) * length + token
+                    tl.store(place_given, second - total, mask=token >= 0)
+                    tl.store(place_given + one_half, -second, mask=token >= 0)
+                else:
+                    dx = norm_gradient(
+                        dx, total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D, DP,
+                        min(PART, DP), MATRIX, MAP_GRADIENT, PRECISION,
+                    )  # fmt: skip
+            if LEARNED:
+                if not TAIL:
+                    total = tl.zeros((HEADS * WP,), tl.float32)
+                tl.store(d_top + cell, total, mask=token >= 0)
+                top_at = tl.load(top_token + cell, mask=token >= 0, other=-2)
+        else:
+            if SINKS > 0:
+                sink_at = load_sinks(sink_token, row, SINKS, SP)
+                sink_keys = load_rows(k, sink_at, skl, D, DP, OPERAND)
+                sink_values = load_rows(v, sink_at, svl, D, DP, OPERAND)
+                exact = sink_logits(x, sink_keys, sink_at, position, place, scaling, SP, PRECISION)
+                sink_p, sink_d_logits = exact_gradient(exact, dy, dl, ls, sink_values, scaling, PRECISION)
+                if LEARNED:
+                    sink_d_logits = through_top(sink_d_logits, sink_at, top_at, total, scaling)
+                dx += dot(sink_d_logits.to(OPERAND), sink_keys, PRECISION)
+                here = ((block * G + g) * TILES + tile) * SINKS * D
+                store_part(
+                    d_sink_key + here, 0, dot(tl.trans(sink_d_logits.to(OPERAND)), x, PRECISION), SINKS, SP, D, DP
+                )
+                store_part(d_sink_value + here, 0, dot(tl.trans(sink_p.to(OPERAND)), dy, PRECISION), SINKS, SP, D, DP)
+            if H > 0:
+                SLOTS: tl.constexpr = min(PART, HP)
+                for start in range(0, HP, SLOTS):
+                    slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
+                    slot_keys = load_rows(k, slot_at, skl, D, DP, OPERAND)
+                    slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)
+                    slot_logits = dot(x, tl.trans(slot_keys), PRECISION) * scaling
+                    slot_logits = tl.where((slot_at >= 0)[None, :], slot_logits, float("-inf"))
+                    _slot_p, slot_d_logits = exact_gradient(slot_logits, dy, dl, ls, slot_values, scaling, PRECISION)
+                    if LEARNED:
+                        slot_d_logits = through_top(slot_d_logits, slot_at, top_at, total, scaling)
+                    dx += dot(slot_d_logits.to(OPERAND), slot_keys, PRECISION)
+            if not PURE:
+                LOCAL: tl.constexpr = min(PART, 2 * WP)
+                for start in range(0, 2 * WP, LOCAL):
+                    near_at, near_place = local_keys(key_token, entry, position, start, W, WP, LOCAL, SINKS)
+                    near_keys = load_rows(k, near_at, skl, D, DP, OPERAND)
+                    near_values = load_rows(v, near_at, svl, D, DP, OPERAND)
+                    near_logits = local_logits(x, near_keys, near_at, near_place, place, scaling, PRECISION)
+                    _near_p, near_d_logits = exact_gradient(near_logits, dy, dl, ls, near_values, scaling, PRECISION)
+                    if LEARNED:
+                        near_d_logits = through_top(near_d_logits, near_at, top_at, total, scaling)
+                    dx += dot(near_d_logits.to(OPERAND), near_keys, PRECISION)
     store_rows_of_heads(dq + batch * seb + head * seh, token, sel, dx, D, DP)
 
 
@@ -211,15 +253,16 @@ def sink_kernel(
 
 @triton.jit
 def state_kernel(
-    q, k, v, do, block_row, query_token, slot_token, weight, weight_low, bias,
-    log_mass, reference, log_sum, half_norm, delta, d_sum, d_mass, d_slot_key, d_slot_value, scaling, blocks,
+    q, k, v, do, block_row, query_token, slot_token, top_token, weight, bias, root,
+    log_mass, reference, log_sum, half_norm, delta, d_top, d_sum, d_mass, d_slot_key, d_slot_value, scaling, blocks,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sdb, sdh, sdl, sgb, sgg, sgl, one_batch,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    PART: tl.constexpr, OF_SLOTS: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, OF_SLOTS: tl.constexpr, LEARNED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a part of the feature sums before the block, or (`OF_SLOTS`) of a part of the slots."""
-    block, g, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    block, g, part = program(G, PARTS)
     row = tl.load(block_row + block)
     entry = block + row
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
@@ -241,10 +284,13 @@ def state_kernel(
             x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
             dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
             ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
+            other = ls
+            if LEARNED:
+                other += tl.load(half_norm + (G * R) * (blocks * W) + cell, mask=token >= 0, other=0.0)
             ls += tl.load(half_norm + cell, mask=token >= 0, other=0.0)
             dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
-            logits = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-            p = tl.exp(logits + shift[None, :] - ls[:, None])
+            logits = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root + shift[None, :]
+            p = tl.exp(less_half(logits, ls, other, start, M, FEATURES, LEARNED))
             d_mean += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
             d_total -= tl.sum(p * dl[:, None], 0)
         # From mean values and log-masses to sums and masses, both over the mass.
@@ -272,6 +318,10 @@ def state_kernel(
                 logits = dot(x, tl.trans(keys), PRECISION) * scaling
                 logits = tl.where((at >= 0)[None, :], logits, float("-inf"))
                 p, d_logits = exact_gradient(logits, dy, dl, ls, values, scaling, PRECISION)
+                if LEARNED:
+                    top_at = tl.load(top_token + cell, mask=token >= 0, other=-2)
+                    of_top = tl.load(d_top + cell, mask=token >= 0, other=0.0)
+                    d_logits = through_top(d_logits, at, top_at, of_top, scaling)
                 dk += dot(tl.trans(d_logits.to(OPERAND)), x, PRECISION)
                 dv += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
             # A key may sit in the slots of many blocks.
@@ -285,14 +335,14 @@ def state_kernel(
 @triton.jit
 def key_kernel(
     q, k, v, do, dk, dv, d_slot_key, d_slot_value, entry_table, query_token, key_token, key_position, slot_token,
-    log_sum, delta, scaling, blocks,
+    top_token, log_sum, delta, d_top, scaling, blocks,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sdb, sdh, sdl, sgb, sgg, sgl, one_batch,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
-    PART: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    PART: tl.constexpr, LEARNED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dk` and `dv` of an entry's keys from the queries of its own block and the next; `entry_table` names both."""
-    entry, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    entry, g, _ = program(G, 1)
     row = tl.load(entry_table + 3 * entry)
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
     slot, line = tl.arange(0, WP), tl.arange(0, HEADS * WP)
@@ -329,6 +379,10 @@ def key_kernel(
         logits = dot(x, tl.trans(keys), PRECISION) * scaling
         p = tl.exp(tl.where(visible, logits, float("-inf")) - ls[:, None])
         d_logits = p * (dot(dy, tl.trans(values), PRECISION) - dl[:, None]) * scaling
+        if LEARNED:
+            top_at = tl.load(top_token + at, mask=token >= 0, other=-2)
+            of_top = tl.load(d_top + at, mask=token >= 0, other=0.0)
+            d_logits = through_top(d_logits, tl.where(is_key, key_at, -1), top_at, of_top, scaling)
         new_dk += dot(tl.trans(d_logits.to(OPERAND)), x, PRECISION)
         new_dv += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
     store_rows(dk + batch * sgb + g * sgg, key_at, sgl, new_dk, D, DP)

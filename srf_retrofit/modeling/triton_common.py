@@ -9,9 +9,12 @@ lie, see `fused.BlockTables`:
   retained slots at entry `e` are those that its queries see;
 - `-1` marks a slot without a token.
 
-Accuracy: exponents, maxima, sums and the softmax are float32. Half-precision queries and keys are exact operands, so
-the only rounding in a product with a projection is that of the projection, and this is split into a sum of two
-bfloat16 matrices (16 bits of mantissa); other operand types run as three TF32 products (`tf32x3`).
+Accuracy: exponents, maxima, sums and the softmax are float32. Queries and keys in bfloat16 are exact operands, and so
+are the weights of their features (`feature_map.round_weights`); the matrix of a norm is split into a sum of two
+bfloat16 matrices (16 bits of mantissa). Other operand types run as three TF32 products (`tf32x3`).
+
+Log-features are `root (x . weight_r) + bias_r - half`, where `half` is the same for all features of a token. It is half
+the norm of random features; learned ones (`LEARNED`) bring theirs, one for either half of the features.
 """
 
 from __future__ import annotations
@@ -27,6 +30,24 @@ except ImportError:  # passed on: `fused` reports it, and a loader that scans fo
 LOG_ZERO = tl.constexpr(-1e30)
 # The interpreter multiplies bfloat16 operands as if their bits were integers.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+# For comparison: programs of one head and part side by side, as before.
+APART = tl.constexpr(os.environ.get("SRF_PROGRAMS", "") == "apart")
+
+
+@triton.jit
+def program(G: tl.constexpr, PARTS: tl.constexpr):
+    """The block (or run, or entry), head and part of a program, from a grid of all of them in one dimension.
+
+    Parts are next to each other, then heads: what the programs of a block share is fetched once and then in the L2
+    cache, and the heads of a token, which lie side by side in memory, are read at about the same time.
+    """
+    i = tl.program_id(0)
+    if APART:
+        blocks = tl.num_programs(0) // (G * PARTS)
+        return (i % blocks).to(tl.int64), i // blocks % G, i // (blocks * G)
+    return (i // (G * PARTS)).to(tl.int64), i // PARTS % G, i % PARTS
 
 
 @triton.jit
@@ -109,16 +130,27 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def project(
-    x, weight, weight_low, g, start, M: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, g, start, M: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`x @ weight[g, start : start + SIZE].T` for x (N, DP), both halves of a split weight; (N, SIZE) float32."""
-    high = load_part(weight + g * M * D, start, M, SIZE, D, DP)
-    out = dot(x, tl.trans(high), PRECISION)
-    if SPLIT:
-        low = load_part(weight_low + g * M * D, start, M, SIZE, D, DP)
-        out += dot(x, tl.trans(low), PRECISION)
-    return out
+    """`x @ weight[g, start : start + SIZE].T` for x (N, DP); (N, SIZE) float32."""
+    return dot(x, tl.trans(load_part(weight + g * M * D, start, M, SIZE, D, DP)), PRECISION)
+
+
+@triton.jit
+def less_half(logs, half, other, start, M: tl.constexpr, SIZE: tl.constexpr, LEARNED: tl.constexpr):
+    """Features `start` to `start + SIZE` (N, SIZE) less `half` (N,); learned ones from `M / 2` on less `other`."""
+    if LEARNED:
+        second = start + tl.arange(0, SIZE) >= M // 2
+        return logs - tl.where(second[None, :], other[:, None], half[:, None])
+    return logs - half[:, None]
+
+
+@triton.jit
+def of_second_half(d_log, start, M: tl.constexpr, SIZE: tl.constexpr):
+    """Sums (N,) of the gradients (N, SIZE) of features from `M / 2` on."""
+    second = start + tl.arange(0, SIZE) >= M // 2
+    return tl.sum(tl.where(second[None, :], d_log, 0.0), 1)
 
 
 @triton.jit
@@ -130,7 +162,9 @@ def half_norm_of(
     if MATRIX:
         total = tl.zeros((x.shape[0],), tl.float32)
         for start in range(0, DP, PART):
-            y = project(x, norm, norm_low, g, start, D, PART, D, DP, SPLIT, PRECISION)
+            y = project(x, norm, g, start, D, PART, D, DP, PRECISION)
+            if SPLIT:
+                y += project(x, norm_low, g, start, D, PART, D, DP, PRECISION)
             y += load_vector(norm_bias + g * D, start, D, PART, 0.0)[None, :]
             total += tl.sum(y * y, 1)
     else:

@@ -50,6 +50,10 @@ LARGEST_BLOCK_BYTES = 32768
 # 128 queries took 31.7 us with it and 29.9 without, one of 1,024 took 76 and 88 (one H100).
 MANY_LINES = 512
 LINES = 64
+# Registers for three programs of four warps on a multiprocessor, which hides the loads of each behind others.
+SMALL = {"num_warps": 4, "maxnreg": 168}
+# Whether weights of the softmax, and means of values, count beyond the bits of half-precision operands.
+SPLIT = True
 
 # Types of the operands of products.
 _OPERANDS = (
@@ -62,7 +66,7 @@ _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? active, "
     + ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(SRFState._fields))
     + "".join(f", Tensor{'?' if 'norm' in name else ''} {name}" for name in _MAP_NAMES)
-    + ", Tensor? foresight, int delay, int fade, float scaling, bool use_tail) -> Tensor"
+    + ", Tensor? foresight, int delay, int fade, float scaling, bool use_tail, bool rounded) -> Tensor"
 )
 
 
@@ -139,7 +143,7 @@ def decode_step_(
     delay = min(config.retention_delay, config.window // 2)
     # The operator's dispatch costs more than the kernel at small batches, so it is for graphs alone.
     step = decode_step if torch.compiler.is_compiling() else _launch
-    return step(*tensors, delay, config.fade, float(scaling), use_tail)
+    return step(*tensors, delay, config.fade, float(scaling), use_tail, maps.rounded_to == q.dtype)
 
 
 def _launch(*arguments: Any) -> torch.Tensor:
@@ -147,7 +151,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
     q, k, v, active, *rest = arguments
     state = SRFState(*rest[:12])
     maps = [None if x is None else x.contiguous() for x in rest[12:21]]
-    delay, fade, scaling, use_tail = rest[21:]
+    delay, fade, scaling, use_tail, rounded = rest[21:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     b, heads, _, d = q.shape
     g, m = state.k_sum.shape[1:]
@@ -172,14 +176,15 @@ def _launch(*arguments: Any) -> torch.Tensor:
         "KEY_MATRIX": maps[6] is not None, "KEY_SHIFT": maps[7] is not None, "FORESIGHT": maps[8] is not None,
         # The interpreter multiplies no bfloat16 matrices.
         "OPERAND": _OPERANDS[torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype],
+        "ROUNDED": rounded,
         "num_stages": 1,
-        # Registers for three programs of four warps on a multiprocessor, which hides the loads of each behind others.
-        **({"num_warps": 4, "maxnreg": 168} if half and dp <= 64 and w <= 64 else {"num_warps": 8}),
+        "SPLIT": SPLIT,
+        **(SMALL if half and dp <= 64 and w <= 64 else {"num_warps": 8}),
     }  # fmt: skip
     query_logs = torch.empty((b, heads, m), dtype=torch.float32, device=q.device) if projected else None
     with torch.cuda.device_of(q):
         if projected:
-            names = ("G", "R", "D", "DP", "M", "MT", "NT", "OPERAND", "num_stages")
+            names = ("G", "R", "D", "DP", "M", "MT", "NT", "OPERAND", "ROUNDED", "num_stages")
             project_kernel[(-(-lines // LINES), g)](
                 q, query_logs, *maps[:4], scaling**0.5, lines, q.stride(0), q.stride(1),
                 LINES=_power(LINES), MATRIX=sizes["QUERY_MATRIX"], SHIFT=sizes["QUERY_SHIFT"], num_warps=4,
@@ -191,8 +196,6 @@ def _launch(*arguments: Any) -> torch.Tensor:
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             0 if active is None else active.stride(0), **sizes,
         )  # fmt: skip
-        # In a launch of its own: the programs of a row's heads all read it, in no order.
-        state.length.add_(1 if active is None else active)
     return out
 
 

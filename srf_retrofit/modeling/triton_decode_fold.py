@@ -18,6 +18,8 @@ from .triton_common import forecast_octaves, foreseen_level, priority_level, sor
 LOG_ZERO = tl.constexpr(-1e30)
 # Coordinates of a key at a time, where a whole pool of them is held.
 FEW = tl.constexpr(16)
+# Places of a pool that are all compared with one another.
+COUNTED = tl.constexpr(128)
 
 
 @triton.jit
@@ -36,10 +38,15 @@ def store_rows(base, row, here, x, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def dot_weight(x, weight):
-    """`x @ weight.T` of exact operands (N, DP) and a float32 matrix (K, DP): all its bits count."""
+def dot_weight(x, weight, ROUNDED: tl.constexpr):
+    """`x @ weight.T` of exact operands (N, DP) and a float32 matrix (K, DP): all its bits count.
+
+    `ROUNDED`: its values are ones of the type of `x` (`feature_map.round_weights`), so that it need not be split.
+    """
     if x.dtype == tl.float32:
         out = tl.dot(x, tl.trans(weight), input_precision="ieee")
+    elif ROUNDED:
+        out = tl.dot(x, tl.trans(weight.to(x.dtype)))
     else:
         leading = weight.to(x.dtype)
         rest = weight - leading.to(tl.float32)
@@ -52,10 +59,15 @@ def dot_weight(x, weight):
 
 
 @triton.jit
-def dot_value(p, value, out, OPERAND: tl.constexpr):
-    """`out + p @ value` of float32 weights in 0..1 (N, K) and values (K, DP), to 16 bits or more of each."""
+def dot_value(p, value, out, OPERAND: tl.constexpr, SPLIT: tl.constexpr):
+    """`out + p @ value` of float32 weights in 0..1 (N, K) and values (K, DP).
+
+    To 16 bits or more of each, or, unless `SPLIT`, to those of the operands' type.
+    """
     if OPERAND == tl.float32:  # noqa: SIM300
         out = tl.dot(p, value.to(tl.float32), out, input_precision="ieee")
+    elif not SPLIT:
+        out = tl.dot(p.to(OPERAND), value.to(OPERAND), out)
     else:
         leading = p.to(OPERAND)
         rest = (p - leading.to(tl.float32)).to(OPERAND)
@@ -83,7 +95,7 @@ def half_square(
     if HAS_NORM_WEIGHT:
         for n0 in range(0, D, NT):
             n = n0 + tl.arange(0, NT)
-            moved = dot_weight(x, load_rows(norm_weight, n, n < D, D, DP)) * root
+            moved = dot_weight(x, load_rows(norm_weight, n, n < D, D, DP), False) * root
             if HAS_NORM_BIAS:
                 moved += tl.load(norm_bias + n, mask=n < D, other=0.0)[None, :]
             half += 0.5 * tl.sum(moved * moved, 1)
@@ -99,7 +111,7 @@ def half_square(
 def fold_keys(
     key, value, leaves, kv_mean, k_sum, k_max, weight, bias, norm_weight, norm_bias, root,
     M: tl.constexpr, MT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NT: tl.constexpr, EP: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys and values (EP, DP) marked in `leaves` (EP,) to the feature sums, in tiles of `MT` features."""
     key = key.to(OPERAND)
@@ -107,7 +119,7 @@ def fold_keys(
     for m0 in range(0, M, MT):
         m = m0 + tl.arange(0, MT)
         here = m < M
-        log_key = dot_weight(key, load_rows(weight, m, here, D, DP)) * root
+        log_key = dot_weight(key, load_rows(weight, m, here, D, DP), ROUNDED) * root
         log_key += tl.load(bias + m, mask=here, other=0.0)[None, :] - half[:, None]
         log_key = tl.trans(tl.where(leaves[:, None], log_key, float("-inf")))  # (MT, EP)
         mean = load_rows(kv_mean, m, here, D, DP).to(tl.float32)
@@ -117,7 +129,7 @@ def fold_keys(
         feature = tl.exp(log_key - top[:, None])
         kept = mass * tl.exp(before - top)
         mass = kept + tl.sum(feature, 1)
-        total = dot_value(feature, value, mean * kept[:, None], OPERAND)
+        total = dot_value(feature, value, mean * kept[:, None], OPERAND, True)
         mean = total / tl.maximum(mass, 0.5)[:, None]
         tl.debug_barrier()
         store_rows(kv_mean, m, here, mean, D, DP)
@@ -168,16 +180,16 @@ def finish_block(
     retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, foresight, root,
     W: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     EP: tl.constexpr, POOL: tl.constexpr, MOVE: tl.constexpr, MT: tl.constexpr, NT: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr, FADE: tl.constexpr,
-    FORESIGHT: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr, ROUNDED: tl.constexpr,
+    FADE: tl.constexpr, FORESIGHT: tl.constexpr,
 ):  # fmt: skip
     """After the last token of a block, at `position`: the block before leaves the window, this one takes its place.
 
     The `H` retained keys and the `W` that leave are one pool, in order of position: `retention.rank_and_evict`. Their
     levels (`retention.priority_level`), with the place in the pool below, are integers without ties that sort by level
-    and then by age (`triton_common.sort_keys`). The `H`-th largest is found by bisection. Two lists of places, of those
-    that stay and of those that go, are needed across threads: they are kept, as floats, where the priorities were,
-    which are in registers by then and written anew at the end.
+    and then by age (`triton_common.sort_keys`). In larger pools the `H`-th largest is found by bisection.
+    Two lists of places, of those that stay and of those that go, are needed across threads: they are kept, as floats,
+    where the priorities were, which are in registers by then and written anew at the end.
     """
     first = position + 1 - 2 * W
     e = tl.arange(0, EP)
@@ -198,16 +210,21 @@ def finish_block(
         priority = tl.where(i < H, priority, arriving)
         rank = sort_keys(priority, tl.max(priority, 0), i)
         rank = tl.where(i < H + W, rank, -0x7FFFFFFF)
-        # At least H places are >= low, fewer than H are >= high.
-        low = 0
-        high = 0x7FFFFFFF
-        for _ in range(31):
-            middle = low + ((high - low) >> 1)
-            enough = tl.sum((rank >= middle).to(tl.int32), 0) >= H
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-        stays = rank >= low
-        goes = (rank < low) & (i < H + W)
+        if POOL <= COUNTED:
+            # Everyone against everyone: more comparisons than bisection takes, in one step where that takes 31.
+            stays = tl.sum((rank[None, :] > rank[:, None]).to(tl.int32), 1) < H
+        else:
+            # At least H places are >= low, fewer than H are >= high.
+            low = 0
+            high = 0x7FFFFFFF
+            for _ in range(31):
+                middle = low + ((high - low) >> 1)
+                enough = tl.sum((rank >= middle).to(tl.int32), 0) >= H
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle)
+            stays = rank >= low
+        stays = stays & (i < H + W)
+        goes = ~stays & (i < H + W)
         count = tl.cumsum(stays.to(tl.int32), 0)  # places that stay, up to and with each
         tl.debug_barrier()
         tl.store(retained_priority + count - 1, i.to(tl.float32), mask=stays & (count <= H))
@@ -226,7 +243,7 @@ def finish_block(
         value = load_rows(window_value, e, leaves, D, DP)
     fold_keys(
         key, value, leaves, kv_mean, k_sum, k_max, weight, bias, norm_weight, norm_bias, root,
-        M, MT, D, DP, NT, EP, HAS_NORM_WEIGHT, HAS_NORM_BIAS, OPERAND,
+        M, MT, D, DP, NT, EP, HAS_NORM_WEIGHT, HAS_NORM_BIAS, OPERAND, ROUNDED,
     )  # fmt: skip
 
     if H > 0:

@@ -32,14 +32,14 @@ def load_stream(base, row, here, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def add_tile(top, total, out, logits, value, OPERAND: tl.constexpr):
+def add_tile(top, total, out, logits, value, OPERAND: tl.constexpr, SPLIT: tl.constexpr):
     """Take further logits (RP, N) and their values (N, DP) into a running softmax: maximum, sum, weighted values."""
     highest = tl.maximum(top, tl.max(logits, 1))
     shrink = tl.exp(top - highest)
     p = tl.exp(logits - highest[:, None])
     total = total * shrink + tl.sum(p, 1)
     out = out * shrink[:, None]
-    out = dot_value(p, value, out, OPERAND)
+    out = dot_value(p, value, out, OPERAND, SPLIT)
     return highest, total, out
 
 
@@ -54,11 +54,12 @@ def load_features(kv_mean, k_sum, k_max, start, M: tl.constexpr, MT: tl.constexp
 
 @triton.jit
 def project_query(
-    x, weight, bias, half, root, start, M: tl.constexpr, MT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+    x, weight, bias, half, root, start, M: tl.constexpr, MT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Log-features (RP, MT) of the queries from feature `start` on; `-inf` where there is none."""
     m = start + tl.arange(0, MT)
-    logits = dot_weight(x, load_rows(weight, m, m < M, D, DP)) * root
+    logits = dot_weight(x, load_rows(weight, m, m < M, D, DP), ROUNDED) * root
     logits += tl.load(bias + m, mask=m < M, other=0.0)[None, :] - half[:, None]
     return tl.where((m < M)[None, :], logits, float("-inf"))
 
@@ -76,6 +77,7 @@ def project_kernel(
     q, out, weight, bias, norm_weight, norm_bias, root, lines, sqb, sqh,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MT: tl.constexpr,
     NT: tl.constexpr, LINES: tl.constexpr, MATRIX: tl.constexpr, SHIFT: tl.constexpr, OPERAND: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Log-features (B, G, R, M) of the queries of many rows.
 
@@ -94,7 +96,7 @@ def project_kernel(
     )  # fmt: skip
     for m0 in range(0, M, MT):
         m = m0 + tl.arange(0, MT)
-        logits = project_query(x, weight + g * (M * D), bias + g * M, half, root, m0, M, MT, D, DP)
+        logits = project_query(x, weight + g * (M * D), bias + g * M, half, root, m0, M, MT, D, DP, ROUNDED)
         to = out + ((b * G + g) * R + r)[:, None] * M + m[None, :]
         tl.store(to, logits, mask=here[:, None] & (m < M)[None, :])
 
@@ -125,6 +127,17 @@ def half_square_of_key(
 
 
 @triton.jit
+def advance(length, position, is_active, G: tl.constexpr):
+    """Count a row's token once all its `G` programs have read its position: by the last one, in no order.
+
+    Each leaves a mark in the high half of the length, which nobody else reads; the last one takes them away.
+    """
+    tl.debug_barrier()  # every thread has read it
+    marks = tl.atomic_add(length, 1 << 40, mask=is_active) >> 40
+    tl.store(length, (position + 1).to(tl.int64), mask=is_active & (marks == G - 1))
+
+
+@triton.jit
 def decode_kernel(
     q, k, v, out, active, query_logs,
     kv_mean, k_sum, k_max, window_key, window_value, window_priority, sink_key, sink_value,
@@ -138,7 +151,7 @@ def decode_kernel(
     MT: tl.constexpr, NT: tl.constexpr, FT: tl.constexpr,
     TAIL: tl.constexpr, PROJECTED: tl.constexpr, MASKED: tl.constexpr,
     QUERY_MATRIX: tl.constexpr, QUERY_SHIFT: tl.constexpr, KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr,
-    OPERAND: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr,
+    OPERAND: tl.constexpr, SPLIT: tl.constexpr, ROUNDED: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, G): rows of one head run side by side and share its feature map in the caches.
 
@@ -172,7 +185,7 @@ def decode_kernel(
     if FORESIGHT:
         foresight += g * (1 + 4 * D)
 
-    position = tl.load(length + b).to(tl.int32)
+    position = tl.load(length + b).to(tl.int32)  # the low half; see `advance`
     if MASKED:
         is_active = tl.load(active + b * sab) != 0
     else:
@@ -212,6 +225,8 @@ def decode_kernel(
         rk = load_stream(retained_key, j, j < H, D, DP)
         rv = load_stream(retained_value, j, j < H, D, DP)
 
+    advance(length + b, position, is_active, G)
+
     if TAIL:
         if PROJECTED:
             query_logs += at * (R * M)
@@ -222,7 +237,7 @@ def decode_kernel(
             )  # fmt: skip
             if M <= MT:
                 # All features in one tile: projected before any key is looked at, while the keys are on their way.
-                projected = project_query(x, query_weight, query_bias, half, root, 0, M, MT, D, DP)
+                projected = project_query(x, query_weight, query_bias, half, root, 0, M, MT, D, DP, ROUNDED)
 
     top = tl.full((RP,), LOWEST, tl.float32)
     total = tl.zeros((RP,), tl.float32)
@@ -230,14 +245,14 @@ def decode_kernel(
     if S > 0:
         logits = tl.dot(x, tl.trans(sk.to(OPERAND)), input_precision="ieee") * scaling
         logits = tl.where(sink_seen[None, :], logits, float("-inf"))
-        top, total, o = add_tile(top, total, o, logits, sv, OPERAND)
+        top, total, o = add_tile(top, total, o, logits, sv, OPERAND, SPLIT)
         writes = d < tl.where(position < S, columns, 0)
         tl.store(sink_key + position * D + d, new_key, mask=writes)
         tl.store(sink_value + position * D + d, new_value, mask=writes)
     if W > 0:
         logits = tl.dot(x, tl.trans(wk.to(OPERAND)), input_precision="ieee") * scaling
         logits = tl.where(seen[None, :], logits, float("-inf"))
-        top, total, o = add_tile(top, total, o, logits, wv, OPERAND)
+        top, total, o = add_tile(top, total, o, logits, wv, OPERAND, SPLIT)
         tl.store(window_key + (W + phase) * D + d, new_key, mask=d < columns)
         tl.store(window_value + (W + phase) * D + d, new_value, mask=d < columns)
     if TAIL or (W == 0):
@@ -259,7 +274,7 @@ def decode_kernel(
                 next_rv = load_stream(retained_value, n, n < H, D, DP)
             logits_h = tl.dot(x, tl.trans(rk.to(OPERAND)), input_precision="ieee") * scaling
             logits_h = tl.where((rp > float("-inf"))[None, :], logits_h, float("-inf"))
-            top, total, o = add_tile(top, total, o, logits_h, rv, OPERAND)
+            top, total, o = add_tile(top, total, o, logits_h, rv, OPERAND, SPLIT)
             if H > HT:
                 rp, rk, rv = next_rp, next_rk, next_rv
 
@@ -298,9 +313,9 @@ def decode_kernel(
                 elif PROJECTED:
                     logits_m = load_projected(query_logs, m0, R, RP, M, MT)
                 else:
-                    logits_m = project_query(x, query_weight, query_bias, half, root, m0, M, MT, D, DP)
+                    logits_m = project_query(x, query_weight, query_bias, half, root, m0, M, MT, D, DP, ROUNDED)
                 logits_m += (mark + tl.log(tl.maximum(mass, 0.5)))[None, :]
-                top, total, o = add_tile(top, total, o, logits_m, stored, OPERAND)
+                top, total, o = add_tile(top, total, o, logits_m, stored, OPERAND, SPLIT)
             if M > MT:
                 stored, mass, mark = next_stored, next_mass, next_mark
     if not TAIL:
@@ -318,5 +333,5 @@ def decode_kernel(
                 position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
                 retained_key, retained_value, retained_priority,
                 key_weight, key_bias, key_norm_weight, key_norm_bias, foresight, root,
-                W, S, H, M, D, DP, EP, POOL, FT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, FADE, FORESIGHT,
+                W, S, H, M, D, DP, EP, POOL, FT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, ROUNDED, FADE, FORESIGHT,
             )  # fmt: skip

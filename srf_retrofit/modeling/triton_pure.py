@@ -27,6 +27,7 @@ from .triton_common import (
     load_rows_of_heads,
     load_vector,
     norm_gradient,
+    program,
     project,
     store_rows,
 )
@@ -124,17 +125,16 @@ def in_block_key_gradient(
 @triton.jit
 def in_block_key_kernel(
     q, k, v, do, dk, dv, block_row, query_token, key_token, key_position,
-    weight, weight_low, bias, key_weight, key_weight_low, key_bias, key_norm, key_norm_low, key_norm_bias,
-    key_gram, key_gram_bias, root,
+    weight, bias, key_weight, key_bias, key_norm, key_norm_bias, key_gram, key_gram_bias, root,
     key_half, log_mass, log_sum, half_norm, delta, d_key_weight, d_key_bias, d_key_norm, d_key_norm_bias, blocks,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sdb, sdh, sdl, sgb, sgg, sgl, one_batch, pool,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
     PART: tl.constexpr, KEY_MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
-    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dk` and `dv` of a block's keys from the queries of the block."""
-    block, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    block, g, _ = program(G, 1)
     row = tl.load(block_row + block)
     entry = block + row
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
@@ -154,7 +154,7 @@ def in_block_key_kernel(
     FEATURES: tl.constexpr = min(PART, MP)
     for start in range(0, MP, FEATURES):
         past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
-        b = project(keys, key_weight, key_weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+        b = project(keys, key_weight, g, start, M, FEATURES, D, DP, PRECISION) * root
         b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
         b = tl.where(is_key[:, None], b, LOG_ZERO)
         db = tl.zeros((WP, FEATURES), tl.float32)
@@ -170,13 +170,13 @@ def in_block_key_kernel(
             dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
             half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
             d_p = dot(do_heads, tl.trans(values), PRECISION) - dl[:, None]
-            a = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
+            a = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
             a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
             p, more = in_block_key_gradient(a, b, past, first, ls, d_p, visible, WP, OPERAND, PRECISION)
             db += more
             dy += dot(tl.trans(p.to(OPERAND)), do_heads, PRECISION)
         w = load_part(key_weight + g * M * D, start, M, FEATURES, D, DP)
-        dx += dot(db.to(w.dtype), w, PRECISION)
+        dx += dot((db * root).to(w.dtype), w, PRECISION)
         total += tl.sum(db, 1)
         if MAP_GRADIENT:
             add_weight_gradient(db, keys, d_key_weight, d_key_bias, g, start, M, FEATURES, D, DP, PRECISION)

@@ -21,10 +21,13 @@ from .triton_common import (
     add_weight_gradient,
     dot,
     half_norm_of,
+    less_half,
     load_part,
     load_rows,
     load_vector,
     norm_gradient,
+    of_second_half,
+    program,
     project,
     store_part,
     store_rows,
@@ -68,15 +71,15 @@ def key_norm_kernel(
 @triton.jit
 def run_kernel(
     k, v, run_table, block_row, key_token, key_position, fold_token, block_full,
-    weight, weight_low, bias, key_half, run_sum, run_mass, run_max, mean, log_mass, reference,
-    skb, skg, skl, svb, svg, svl, one_batch, pool,
+    weight, bias, root, key_half, run_sum, run_mass, run_max, mean, log_mass, reference,
+    skb, skg, skl, svb, svg, svl, one_batch, pool, one_half,
     G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, FEATURES: tl.constexpr, WRITE: tl.constexpr,
-    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr,
+    WRITE: tl.constexpr, LEARNED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A run of blocks, a head, `FEATURES` features: their sums (`WRITE` false), or the states before each block."""
-    run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start = tl.program_id(2) * FEATURES
+    run, g, part = program(G, PARTS)
+    start = part * FEATURES
     first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
     row = tl.load(block_row + first)
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
@@ -107,8 +110,10 @@ def run_kernel(
         )
         x = load_rows(k, token, skl, D, DP, OPERAND)
         half = tl.load(key_half + token, mask=token >= 0, other=0.0)
-        b = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-        b += load_vector(bias + g * M, start, M, FEATURES, 0.0)[None, :] - half[:, None]
+        other = tl.load(key_half + one_half + token, mask=token >= 0, other=0.0) if LEARNED else half
+        b = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
+        b += load_vector(bias + g * M, start, M, FEATURES, 0.0)[None, :]
+        b = less_half(b, half, other, start, M, FEATURES, LEARNED)
         b = tl.where((token >= 0)[:, None], b, float("-inf"))
         above = tl.maximum(top, tl.max(b, 0))
         feature = tl.exp(b - above[None, :])
@@ -167,11 +172,11 @@ def scan_kernel(
 @triton.jit
 def run_gradient_kernel(
     run_table, block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass,
-    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the sums before each run that comes from the run's own queries."""
-    run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    f, dim = tl.program_id(2) * MB + tl.arange(0, MB), tl.arange(0, DP)
+    run, g, part = program(G, PARTS)
+    f, dim = part * MB + tl.arange(0, MB), tl.arange(0, DP)
     here, inside = f < M, (f < M)[:, None] & (dim < D)[None, :]
     grid = f[:, None] * D + dim[None, :]
     first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
@@ -232,14 +237,14 @@ def scan_gradient_kernel(
 @triton.jit
 def state_gradient_kernel(
     run_table, block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass,
-    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Walk a run back and turn the gradient of the sums before each block, in place, into that of those after it.
 
     What comes in is the part that a block's own queries give; what goes out is the whole.
     """
-    run, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start = tl.program_id(2) * MB
+    run, g, part = program(G, PARTS)
+    start = part * MB
     first, count = tl.load(run_table + 2 * run), tl.load(run_table + 2 * run + 1)
     row = tl.load(block_row + first)
     place = (run * G + g) * M
@@ -270,16 +275,19 @@ def state_gradient_kernel(
 @triton.jit
 def fold_gradient_kernel(
     k, v, dk, dv, block_row, key_token, key_position, fold_token, block_full,
-    weight, weight_low, bias, norm, norm_low, norm_bias, gram, gram_bias, root,
-    key_half, reference, d_sum, d_mass, d_weight, d_bias, d_norm, d_norm_bias,
-    skb, skg, skl, svb, svg, svl, sgb, sgg, sgl, one_batch, pool,
+    weight, bias, norm, norm_bias, gram, gram_bias, root,
+    key_half, reference, d_sum, d_mass, d_weight, d_bias, d_norm, d_norm_bias, d_half,
+    skb, skg, skl, svb, svg, svl, sgb, sgg, sgl, one_batch, pool, one_half,
     G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
     WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, PART: tl.constexpr,
-    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
-    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, LEARNED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to `dk` and `dv` what the keys folded at the end of a block contributed to all later states."""
-    block, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Add to `dk` and `dv` what the keys folded at the end of a block contributed to all later states.
+
+    With learned features that is not all of it: `d_half` is the gradient of the given `key_half`.
+    """
+    block, g, _ = program(G, 1)
     row = tl.load(block_row + block)
     entry = block + row
     batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
@@ -288,31 +296,40 @@ def fold_gradient_kernel(
     )
     x = load_rows(k + batch * skb + g * skg, token, skl, D, DP, OPERAND)
     y = load_rows(v + batch * svb + g * svg, token, svl, D, DP, OPERAND)
-    half = tl.load(key_half + (batch * G + g) * pool + token, mask=token >= 0, other=1e30)
+    own_half = (batch * G + g) * pool + token
+    half = tl.load(key_half + own_half, mask=token >= 0, other=1e30)
+    other = tl.load(key_half + one_half + own_half, mask=token >= 0, other=1e30) if LEARNED else half
     dx = tl.zeros((WP, DP), tl.float32)
     dy = tl.zeros((WP, DP), tl.float32)
     total = tl.zeros((WP,), tl.float32)
+    second = tl.zeros((WP,), tl.float32)
     FEATURES: tl.constexpr = min(PART, MP)
     for start in range(0, MP, FEATURES):
         # Padded features get a reference that no key reaches.
         above = load_vector(reference + ((entry + 1) * G + g) * M, start, M, FEATURES, 1e30)
         above -= load_vector(bias + g * M, start, M, FEATURES, 0.0)
-        b = project(x, weight, weight_low, g, start, M, FEATURES, D, DP, SPLIT, PRECISION)
-        feature = tl.exp(b - half[:, None] - above[None, :])
+        b = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
+        feature = tl.exp(less_half(b, half, other, start, M, FEATURES, LEARNED) - above[None, :])
         at = (block * G + g) * M
         grad = load_part(d_sum + at * D, start, M, FEATURES, D, DP).to(OPERAND)
         mass = load_vector(d_mass + at, start, M, FEATURES, 0.0)
         dy += dot(feature.to(OPERAND), grad, PRECISION)
         d_log = feature * (dot(y, tl.trans(grad), PRECISION) + mass[None, :])
         w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
-        dx += dot(d_log.to(w.dtype), w, PRECISION)
+        dx += dot((d_log * root).to(w.dtype), w, PRECISION)
         total += tl.sum(d_log, 1)
+        if LEARNED:
+            second += of_second_half(d_log, start, M, FEATURES)
         if MAP_GRADIENT:
             add_weight_gradient(d_log, x, d_weight, d_bias, g, start, M, FEATURES, D, DP, PRECISION)
-    dx = norm_gradient(
-        dx, total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
-        MAP_GRADIENT, PRECISION,
-    )  # fmt: skip
+    if LEARNED:
+        tl.store(d_half + own_half, second - total, mask=token >= 0)
+        tl.store(d_half + one_half + own_half, -second, mask=token >= 0)
+    else:
+        dx = norm_gradient(
+            dx, total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
+            MAP_GRADIENT, PRECISION,
+        )  # fmt: skip
     # Every key is folded at most once, so nobody else writes these rows now.
     dk += batch * sgb + g * sgg
     dv += batch * sgb + g * sgg

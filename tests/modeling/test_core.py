@@ -80,7 +80,7 @@ def test_bfloat16_inputs_and_their_gradients(length, mode):
     maps = random_feature_map(2, FEATURES, DIM)
     ys = [x.detach().double().requires_grad_() for x in xs]
     o, _ = srf_attention(*xs, maps, config)
-    expected, _ = quadratic_attention(*ys, maps, config)
+    expected, _ = quadratic_attention(*ys, maps, config, dtype=torch.bfloat16)
     assert o.dtype == torch.bfloat16
     assert_close(o, expected, 1e-2, "o")
     weight = torch.randn_like(o)

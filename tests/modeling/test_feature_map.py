@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from srf_retrofit.modeling.feature_map import FeatureMap, fold_feature_map, log_features
+from srf_retrofit.modeling.feature_map import FeatureMap, FoldedMap, fold_feature_map, log_features, round_weights
 from srf_retrofit.modeling.random_features import draw_projection
 from srf_retrofit.theory import log_variance, relative_mse
 
@@ -57,14 +57,21 @@ def pair(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return 0.6 * q / head_dim**0.25, (0.3 * q + 0.5 * k) / head_dim**0.25
 
 
-def relative_estimates(name: str, num_features: int, head_dim: int, **geometry: torch.Tensor) -> torch.Tensor:
-    """Estimates of `exp(scaling q.k)` over the truth, one for each projection; their mean should be one."""
+def relative_estimates(
+    name: str, num_features: int, head_dim: int, dtype: torch.dtype = torch.float64, **geometry: torch.Tensor
+) -> torch.Tensor:
+    """Estimates of `exp(scaling q.k)` over the truth, one for each projection; their mean should be one.
+
+    `dtype`: of the inputs that the weights are for.
+    """
     w = projections(name, num_features, head_dim)
     maps = FeatureMap(w, **geometry)
     scaling = head_dim**-0.5
     q, k = pair(head_dim)
-    a = log_features(q.expand(1, len(w), 1, -1), fold_feature_map(maps, "query"), scaling)
-    b = log_features(k.expand(1, len(w), 1, -1), fold_feature_map(maps, "key"), scaling)
+    folded = FoldedMap(fold_feature_map(maps, "query"), fold_feature_map(maps, "key"))
+    folded = round_weights(folded, dtype)
+    a = log_features(q.expand(1, len(w), 1, -1), folded.query, scaling)
+    b = log_features(k.expand(1, len(w), 1, -1), folded.key, scaling)
     return torch.logsumexp(a + b, -1).sub(scaling * (q * k).sum()).exp().flatten()
 
 
@@ -82,6 +89,38 @@ def test_unbiased(name: str, geometry: str, size: str, head_dim: int) -> None:
     assert abs(z_score(estimates)) < 5
     # The bound has force: a bias of a tenth would be seen.
     assert estimates.std() / len(estimates) ** 0.5 < 0.02
+
+
+@pytest.mark.parametrize("head_dim", [8, 80])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_weights_rounded_to_bfloat16_estimate_the_same(geometry: str, head_dim: int) -> None:
+    """Draw by draw, so that what rounding does stands out from what a draw does."""
+    given = fields(geometry, head_dim)
+    exact = relative_estimates("simplex", head_dim, head_dim, **given)
+    rounded = relative_estimates("simplex", head_dim, head_dim, dtype=torch.bfloat16, **given)
+    assert abs(z_score(rounded)) < 5
+    difference = rounded - exact
+    assert 0 < difference.std() < 0.02 * exact.std()
+    assert abs(difference.mean()) < 5 * difference.std() / len(difference) ** 0.5 + 1e-5
+
+
+def test_rounding_happens_once_and_for_bfloat16_alone() -> None:
+    maps = FeatureMap(projections("simplex", 8, 8).float(), **{n: t.float() for n, t in fields("shift", 8).items()})
+    maps.projection.requires_grad_()
+    folded = FoldedMap(fold_feature_map(maps, "query"), fold_feature_map(maps, "key"))
+    assert round_weights(folded, torch.float32) is folded
+    assert round_weights(folded, torch.float16) is folded
+    rounded = round_weights(folded, torch.bfloat16)
+    assert round_weights(rounded, torch.bfloat16) is rounded
+    for mine, exact in zip(rounded[:2], folded[:2], strict=True):
+        assert torch.equal(mine.weight, exact.weight.bfloat16().float())
+        assert mine[1:] == exact[1:]
+        # Straight through.
+        weight = torch.randn(mine.weight.shape)
+        grads = (
+            torch.autograd.grad((x.weight * weight).sum(), maps.projection, retain_graph=True) for x in (mine, exact)
+        )
+        assert torch.equal(*(g[0] for g in grads))
 
 
 @pytest.mark.parametrize("head_dim", [8, 80])

@@ -1,7 +1,7 @@
-"""The fused kernels against the oracles: in Triton's interpreter at small shapes, on a GPU at those of real models.
+"""The fused kernels against the oracles in Triton's interpreter, at small shapes; `test_fused_gpu` takes real ones.
 
 `quadratic_attention` judges plain rows; padding, packing and states are judged by the PyTorch core in float64, which
-has oracles of its own.
+has oracles of its own (`fused_checks`).
 """
 
 from __future__ import annotations
@@ -9,24 +9,16 @@ from __future__ import annotations
 import pytest
 import torch
 from core_inputs import assert_states_close
+from fused_checks import DEVICE, compare_plain, compare_rows, config_of, doubles, tensors
 
 from srf_retrofit import retrofit
 from srf_retrofit.modeling import block_tables, fused_call
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.configuration import SRFConfig
-from srf_retrofit.modeling.feature_map import FeatureMap, FoldedMap, LinearFeatures, log_features
+from srf_retrofit.modeling.feature_map import FoldedMap, LinearFeatures, log_features
 from srf_retrofit.modeling.ops import choose_backend, fold, srf_attention
 from srf_retrofit.modeling.state import SRFState
 from srf_retrofit.testing import assert_close, quadratic_attention, random_feature_map, tiny_llama
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FIELDS = ("kv_mean", "k_sum", "window_key", "window_value", "sink_key", "sink_value", "retained_key", "retained_value")
-# What the interpreter does to bfloat16 is to cut it off, so that one step is worth twice what rounding would cost.
-BFLOAT16 = 1e-2 if DEVICE == "cuda" else 2.5e-2
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    return {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: BFLOAT16}[dtype]
 
 
 @pytest.fixture(autouse=True)
@@ -38,41 +30,6 @@ def _small_parts(monkeypatch):
         block_tables._plain_tables.cache_clear()
     yield
     block_tables._plain_tables.cache_clear()
-
-
-def config_of(window: int, sinks: int, retained: int, features: int = 16, **changes) -> SRFConfig:
-    return SRFConfig(num_features=features, window=window, sinks=sinks, retained=retained, **changes)
-
-
-def tensors(length, *, batch=1, heads=2, kv_heads=1, dim=16, dtype=torch.float32, scale=1.0):
-    # Transposed views, as a model's projections give them.
-    shapes = ((batch, length, n, dim) for n in (heads, kv_heads, kv_heads))
-    return [(scale * torch.randn(s)).to(DEVICE, dtype).transpose(1, 2).requires_grad_() for s in shapes]
-
-
-def doubles(xs):
-    return [x.detach().double().cpu().requires_grad_() for x in xs]
-
-
-def compare_plain(config, length, maps, *, dtype=torch.float32, geometry="proposal", ablation=None, **shape):
-    """Output, state and gradients of one plain call against the quadratic oracle."""
-    xs = tensors(length, dtype=dtype, **shape)
-    ys = doubles(xs)
-    with_state = ablation is None
-    o, state = srf_attention(
-        *xs, maps.to(DEVICE), config, output_final_state=with_state, ablation=ablation, backend="triton"
-    )
-    expected, right_state = quadratic_attention(*ys, maps, config, output_final_state=with_state, ablation=ablation)
-    assert o.dtype == dtype
-    assert_close(o.cpu(), expected, tolerance(dtype), "o")
-    if with_state and dtype == torch.float32:
-        assert_states_close(SRFState(*(t.cpu() for t in state)), right_state, 1e-5)
-    weight = torch.randn(o.shape)
-    grads = torch.autograd.grad((o * weight.to(DEVICE, dtype)).sum(), xs)
-    right = torch.autograd.grad((expected * weight.to(dtype).double()).sum(), ys)
-    for name, mine, theirs in zip("qkv", grads, right, strict=True):
-        # A sole key has no gradient: what is left is rounding of terms of order one.
-        assert_close(mine.cpu(), theirs, tolerance(dtype), f"grad {name}", least_scale=0.1)
 
 
 PURE = (0, 2, 0)
@@ -109,48 +66,6 @@ def test_ablations(ablation):
 @pytest.mark.parametrize("mode", [PURE], ids=str)
 def test_the_pure_form_without_its_tail_is_its_sinks(mode):
     compare_plain(config_of(*mode), 37, random_feature_map(1, 16, 16), ablation="no_tail")
-
-
-def reference(xs, maps, config, **rows):
-    """The PyTorch core in float64, on the CPU."""
-    rows = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in rows.items()}
-    return srf_attention(*xs, maps.to(torch.float64), config, backend="torch", output_final_state=True, **rows)
-
-
-def compare_rows(config, xs, maps, state=None, **rows):
-    """Output, final state, and the gradients of both and of the state that rows continue from."""
-    ys = doubles(xs)
-    starts, wanted = {}, {}
-    if state is not None:
-        starts = {n: getattr(state, n).detach().requires_grad_() for n in FIELDS if getattr(state, n).numel()}
-        wide = SRFState(*(t.detach().cpu() if t.dtype == torch.int64 else t.detach().double().cpu() for t in state))
-        wanted = {n: getattr(wide, n).requires_grad_() for n in starts}
-        state, wide = state._replace(**starts), wide._replace(**wanted)
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in rows.items()}
-    o, final = srf_attention(
-        *xs, maps.to(DEVICE), config, initial_state=state, output_final_state=True, backend="triton", **on_device
-    )
-    expected, right = reference(ys, maps, config, initial_state=None if state is None else wide, **rows)
-    dtype = xs[0].dtype
-    assert_close(o.cpu(), expected, tolerance(dtype), "o")
-    if dtype == torch.float32:
-        assert_states_close(SRFState(*(t.cpu() for t in final)), right, 1e-5)
-    weight = torch.randn(o.shape)
-
-    def loss(o, s):
-        kept = s.window_key.sum() + s.sink_value.sum() + s.retained_key.sum()
-        return (o * weight.to(o)).sum() + s.kv_mean.square().sum() + 0.1 * kept + s.k_sum.clamp_min(1).log().sum()
-
-    grads = torch.autograd.grad(loss(o, final), [*xs, *starts.values()], allow_unused=True)
-    rights = torch.autograd.grad(loss(expected, right), [*ys, *wanted.values()], allow_unused=True)
-    for name, mine, theirs in zip(["q", "k", "v", *starts], grads, rights, strict=True):
-        if theirs is not None:
-            mine = torch.zeros_like(theirs) if mine is None else mine.cpu()
-            if name in wanted:
-                # Slots not in use are zero, and what happens to them is nobody's business.
-                mine, theirs = (x.masked_fill(wanted[name] == 0, 0.0) for x in (mine, theirs))
-            assert_close(mine, theirs, 2 * tolerance(dtype), f"grad {name}", least_scale=1e-3)
-    return SRFState(*(t.detach() for t in final))
 
 
 @pytest.mark.parametrize("mode", [(8, 2, 3), PURE], ids=str)
@@ -322,45 +237,3 @@ def test_a_model_computes_the_same_with_either_backend():
             steps.append(out.logits)
         logits[backend] = torch.cat(steps, 1)[mask.bool()]
     assert_close(logits["triton"].cpu(), logits["torch"].double().cpu(), 2e-5)
-
-
-# -- on a GPU, at the shapes of real models --------------------------------------------------------------------------
-
-# (window, sinks, retained), features, head dimension, (heads, key/value heads), dtype, length
-LARGE = [
-    ((64, 4, 64), 64, 64, (9, 3), torch.bfloat16, 1500),
-    ((64, 4, 0), 128, 128, (8, 2), torch.bfloat16, 1500),
-    ((0, 0, 0), 64, 64, (9, 3), torch.bfloat16, 1500),
-    ((32, 4, 64), 64, 64, (8, 1), torch.bfloat16, 777),
-    ((32, 0, 16), 32, 80, (4, 4), torch.bfloat16, 300),
-    ((100, 4, 100), 16, 96, (3, 1), torch.bfloat16, 700),
-    ((64, 4, 0), 256, 64, (4, 1), torch.bfloat16, 500),
-    ((0, 4, 0), 256, 128, (4, 1), torch.bfloat16, 500),
-    ((32, 4, 64), 64, 64, (4, 2), torch.float32, 700),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", LARGE, ids=str)
-def test_real_shapes(case):
-    mode, features, dim, (heads, kv_heads), dtype, length = case
-    maps = random_feature_map(kv_heads, features, dim, geometry="preconditioner")
-    config = config_of(*mode, features=features)
-    compare_plain(config, length, maps, dtype=dtype, heads=heads, kv_heads=kv_heads, dim=dim)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", [(64, 4, 0), (0, 0, 0)], ids=str)
-def test_repeats_are_equal_to_the_bit(mode):
-    config = config_of(*mode, features=64)
-    maps = FeatureMap(*(None if t is None else t.to(DEVICE) for t in random_feature_map(3, 64, 64)))
-    xs = tensors(2000, heads=9, kv_heads=3, dim=64, dtype=torch.bfloat16)
-    first = None
-    for _ in range(50):
-        o, _ = srf_attention(*xs, maps, config, backend="triton")
-        now = [o.detach(), *torch.autograd.grad(o.float().square().sum(), xs)]
-        first = first or now
-        assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))
-        # Whatever the next outputs are written over is not zero.
-        del o, now
-        torch.full((2**24,), float("nan"), device=DEVICE)

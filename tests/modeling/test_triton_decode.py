@@ -11,9 +11,9 @@ import pytest
 import torch
 from core_inputs import assert_states_close
 
-from srf_retrofit.modeling import triton_decode
+from srf_retrofit.modeling import triton_decode, triton_decode_fold
 from srf_retrofit.modeling.configuration import SRFConfig
-from srf_retrofit.modeling.feature_map import FoldedMap
+from srf_retrofit.modeling.feature_map import FoldedMap, round_weights
 from srf_retrofit.modeling.ops import fold
 from srf_retrofit.modeling.recurrent import attend_token
 from srf_retrofit.modeling.state import SRFState
@@ -143,6 +143,25 @@ def test_without_the_tail(mode) -> None:
         layer.check(*layer.token(), use_tail=False)
 
 
+def test_larger_pools_are_bisected(monkeypatch) -> None:
+    monkeypatch.setattr(triton_decode_fold, "COUNTED", triton_decode_fold.tl.constexpr(0))
+    layer = Layer((2, 1, 3), rows=1)
+    for _ in range(11):
+        layer.check(*layer.token())
+
+
+def test_rounded_weights_need_no_split() -> None:
+    """The same numbers, whether the kernel is told that they are bfloat16 ones or not."""
+    layer, other = (Layer((2, 1, 2), dtype=torch.bfloat16, rows=1) for _ in range(2))
+    layer.maps = round_weights(layer.maps, torch.bfloat16)
+    assert layer.maps.rounded_to == torch.bfloat16
+    other.maps = layer.maps._replace(rounded_to=None)
+    for _ in range(7):
+        token = layer.token()
+        assert_close(layer.fused(*token), other.fused(*token), 1e-5, "o")
+    assert_states_close(layer.mine, other.mine, 1e-5)
+
+
 def test_more_than_one_tile() -> None:
     """Of retained slots, of features, of dimensions."""
     layer = Layer((2, 0, 20), rows=1, features=20, dim=20, group=1)
@@ -187,6 +206,7 @@ def test_operator_is_registered_as_pytorch_asks(geometry) -> None:
             layer.config.fade,
             layer.scaling,
             True,
+            False,
         ),
     )
 
@@ -201,7 +221,16 @@ def test_a_second_copy_of_the_file_may_be_loaded() -> None:
     layer = Layer((2, 1, 2), rows=1)
     layer.check(*layer.token())
     q, k, v = layer.token()
-    arguments = (*layer.maps.query, *layer.maps.key, layer.maps.foresight, 1, layer.config.fade, layer.scaling, True)
+    arguments = (
+        *layer.maps.query,
+        *layer.maps.key,
+        layer.maps.foresight,
+        1,
+        layer.config.fade,
+        layer.scaling,
+        True,
+        False,
+    )
     states = [SRFState(*(t.clone() for t in layer.mine)) for _ in range(3)]
     expected = layer.fused(q, k, v)
     for op, state in zip((decode_step, copy.decode_step, torch.ops.srf_retrofit.decode_step), states, strict=True):
