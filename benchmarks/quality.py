@@ -2,16 +2,20 @@
 
     python benchmarks/quality.py prepare TEXT.jsonl.xz TOKENS.bin
     python benchmarks/quality.py run RUNS.yaml TOKENS.bin --held-out WIKITEXT.txt.gz --output RESULTS.json [--tasks A B]
+    python benchmarks/quality.py merge RESULTS.json PART.json PART.json ...
 
 Documents are shuffled by a fixed seed, joined by the end-of-text token and written as 16-bit token ids. Every run sees
 the same tokens in the same order. The teacher, and every model before and after training, is judged on the first
 98,304 tokens of the held-out text, in windows of 1,024 and 4,096, and by recall; the tasks are scored in full. Models
-are judged in bfloat16. The last line printed is JSON.
+are judged in bfloat16. `milestones` of a run are numbers of tokens after which perplexity is also taken: every budget
+of one schedule. `softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone does. The
+last line printed is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import random
@@ -22,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from srf_retrofit import SRFConfig, calibrate, retrofit
 from srf_retrofit.bench.measurement import environment
@@ -36,6 +42,7 @@ from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import SRFFeatures
 from srf_retrofit.pretrained import load_smollm2
 from srf_retrofit.tail_gain import calibrate_gain
+from srf_retrofit.training.compilation import compiled_layers
 from srf_retrofit.training.distillation import distill
 from srf_retrofit.training.settling import settle_features
 
@@ -64,6 +71,7 @@ class Judge:
         self.tasks = {Path(task).name.split(".")[0]: read_items(task) for task in tasks}
 
     def __call__(self, model: Any, *, recall: bool, tasks: bool) -> dict[str, Any]:
+        start = time.perf_counter()
         model = copy.deepcopy(model).to(torch.bfloat16)
         layers = srf_attentions(model)
         modes = ["full", "no_tail"] if layers and layers[0].srf_config.num_features else ["full"]
@@ -78,20 +86,36 @@ class Judge:
             out["copies"] = copy_by_distance(model, word_tokens(self.tokenizer), distances=(50, 100, 200, 500))
         if tasks:
             out["tasks"] = {name: score_items(model, self.tokenizer, items) for name, items in self.tasks.items()}
+        out["seconds"] = time.perf_counter() - start
         return out
 
 
-def one_run(
-    run: dict[str, Any], base: Any, teacher: Any, stream: torch.Tensor, judge: Judge, seed: int, log: Any
-) -> dict[str, Any]:
-    """Retrofit, train and judge one form of attention, as `RUNS.yaml` describes it."""
-    torch.manual_seed(seed)
+class Milestones(TrainerCallback):
+    """Perplexity of the model under training after given numbers of optimizer steps."""
+
+    def __init__(self, steps: dict[int, int], untrained: Any, judge: Judge, log: Any) -> None:
+        self.steps, self.judge, self.log = steps, judge, log
+        # The trainer wraps the model's forward: weights go into a model that it does not know.
+        self.twin = copy.deepcopy(untrained)
+        self.found: dict[int, dict[str, Any]] = {}
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Judge, when it is time."""
+        tokens = self.steps.get(state.global_step)
+        if tokens is None:
+            return
+        self.twin.load_state_dict(model.state_dict())
+        found = self.judge(self.twin, recall=False, tasks=False)
+        self.seconds += found["seconds"]
+        self.found[tokens] = found["perplexity"]
+        self.log(f"after {tokens:,} tokens", found)
+
+
+def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, out: dict[str, Any]) -> Any:
+    """A copy of the softmax model in the form that `RUNS.yaml` describes, calibrated; notes go to `out`."""
     model = copy.deepcopy(base)
     retrofit(model, SRFConfig(**run["srf"], seed=seed))
-    length, tokens = run.get("length", 2048), run["tokens"]
-    rows = run.get("tokens_per_step", 16384) // length
-    blocks = TokenBlocks(stream[: len(stream) // length * length].view(-1, length))
-    out: dict[str, Any] = {"settings": run, "seed": seed}
     random_features = any(isinstance(x.attn_fn, SRFFeatures) for x in srf_attentions(model))
     if random_features and run.get("geometry", "preconditioner") != "identity":
         calibrate(model, blocks.first(8).batches(1), geometry=run.get("geometry", "preconditioner"), max_tokens=None)
@@ -106,10 +130,26 @@ def one_run(
         )
     if run.get("settle"):
         settle_features(model)
-    out["zero_shot"] = judge(model, recall=run.get("recall", False), tasks=False)
+    return model
+
+
+def one_run(
+    run: dict[str, Any], base: Any, teacher: Any, stream: torch.Tensor, judge: Judge, seed: int, log: Any
+) -> dict[str, Any]:
+    """Retrofit, train and judge one form of attention, as `RUNS.yaml` describes it."""
+    torch.manual_seed(seed)
+    torch.compiler.reset()
+    length, tokens = run.get("length", 2048), run["tokens"]
+    rows = run.get("tokens_per_step", 16384) // length
+    blocks = TokenBlocks(stream[: len(stream) // length * length].view(-1, length))
+    out: dict[str, Any] = {"settings": run, "seed": seed}
+    model = copy.deepcopy(base) if run.get("softmax") else retrofitted(run, base, blocks, seed, out)
+    recall, tasks = run.get("recall", False), run.get("tasks", False)
+    out["zero_shot"] = judge(model, recall=recall and seed == 0, tasks=False)
     log(run["name"], "zero-shot", out["zero_shot"])
     steps = tokens // (rows * length)
     transfer = int(run.get("transfer", {}).get("share", 0) * steps)
+    on_gpu = base.device.type == "cuda"
     common: dict[str, Any] = {
         "batch_size": rows // run.get("accumulate", 1),
         "gradient_accumulation_steps": run.get("accumulate", 1),
@@ -117,8 +157,8 @@ def one_run(
         "seed": seed,
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused" if base.device.type == "cuda" else "adamw_torch",
-        "use_cpu": base.device.type == "cpu",
+        "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
+        "use_cpu": not on_gpu,
     }
     start = time.perf_counter()
     if transfer:
@@ -130,16 +170,70 @@ def one_run(
         )  # fmt: skip
         out["transfer"] = [line["loss"] for line in found["history"] if "loss" in line]
     part = TokenBlocks(blocks.blocks[transfer * rows : steps * rows])
-    found = distill(
-        model, teacher, part, steps=steps - transfer, output_dir="runs/quality",
-        learning_rate=run.get("learning_rate", 1e-4), feature_learning_rate=run.get("feature_learning_rate"),
-        schedule=run.get("schedule", "fixed"), **common,
-    )  # fmt: skip
+    after = {n // (rows * length) - transfer: n for n in run.get("milestones", []) if n < tokens}
+    milestones = Milestones(after, model, judge, lambda stage, found: log(run["name"], stage, found))
+    logits: dict[str, Any] = {
+        "steps": steps - transfer,
+        "output_dir": "runs/quality",
+        "learning_rate": run.get("learning_rate", 1e-4),
+        "compile": on_gpu and run.get("compile", True),
+        "callbacks": [milestones],
+        **common,
+    }
+    if run.get("softmax"):
+        found = fine_tune(model, part, **logits)
+    else:
+        found = distill(
+            model, teacher, part, schedule=run.get("schedule", "fixed"), chunk_size=16384 if on_gpu else 1024,
+            feature_learning_rate=run.get("feature_learning_rate"), **logits,
+        )  # fmt: skip
     out["losses"] = [line["loss"] for line in found["history"] if "loss" in line]
-    out["tokens"], out["seconds"] = steps * rows * length, time.perf_counter() - start
-    out["trained"] = judge(model, recall=run.get("recall", False), tasks=run.get("tasks", False))
+    out["milestones"] = milestones.found
+    out["tokens"], out["seconds"] = steps * rows * length, time.perf_counter() - start - milestones.seconds
+    out["trained"] = judge(model, recall=recall, tasks=tasks)
     log(run["name"], f"after {out['tokens']:,} tokens in {out['seconds']:.0f} s", out["trained"])
     return out
+
+
+def fine_tune(model: Any, data: TokenBlocks, *, compile: bool, **given: Any) -> dict[str, Any]:
+    """Next-token training of a softmax model, in place, with the settings of a distillation; `distill`'s history."""
+    rows, steps = given["batch_size"], given["steps"]
+    args = TrainingArguments(
+        output_dir=given["output_dir"], max_steps=steps, learning_rate=given["learning_rate"],
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.0,
+        per_device_train_batch_size=rows, gradient_accumulation_steps=given["gradient_accumulation_steps"],
+        bf16=not given["use_cpu"], save_strategy="no", report_to="none", disable_tqdm=True, seed=given["seed"],
+        logging_steps=max(1, steps // 20), **{n: given[n] for n in ("adam_beta2", "max_grad_norm", "optim", "use_cpu")},
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=data, callbacks=given["callbacks"])
+    trainer.remove_callback(PrinterCallback)
+    model.requires_grad_(True)
+    with compiled_layers(model) if compile else contextlib.nullcontext():
+        trainer.train()
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.zero_grad(set_to_none=True)
+    model.eval().requires_grad_(False)
+    return {"history": trainer.state.log_history}
+
+
+def merge(output: str, parts: list[str]) -> None:
+    """Runs that were made apart as one file; each keeps the name of its device."""
+    whole: dict[str, Any] = {}
+    for path in parts:
+        part = json.loads(Path(path).read_text())
+        for runs in part["runs"].values():
+            for run in runs:
+                run["device"] = part["environment"]["device"]
+        if not whole:
+            whole = part
+            continue
+        if (part["lengths"], part["environment"]["versions"]) != (whole["lengths"], whole["environment"]["versions"]):
+            raise SystemExit(f"{path} was measured at other lengths, or with other versions, than {parts[0]}")
+        if "teacher" in part:
+            whole.setdefault("teacher", part["teacher"])
+        for name, runs in part["runs"].items():
+            whole["runs"].setdefault(name, []).extend(runs)
+    write_json(Path(output), whole)
 
 
 def main() -> None:
@@ -156,11 +250,18 @@ def main() -> None:
     second.add_argument("--only", nargs="*", help="names of runs")
     second.add_argument("--seeds", nargs="*", type=int, default=[0])
     second.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    second.add_argument("--no-teacher", action="store_true", help="judge no softmax model; another file has it")
     second.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after that")
     second.add_argument("--output")
+    third = commands.add_parser("merge")
+    third.add_argument("output")
+    third.add_argument("parts", nargs="+")
     args = parser.parse_args()
     if args.command == "prepare":
         prepare(args.text, args.output)
+        return
+    if args.command == "merge":
+        merge(args.output, args.parts)
         return
 
     start = time.perf_counter()
@@ -187,8 +288,9 @@ def main() -> None:
         print(f"[{time.perf_counter() - start:6.1f}] {name}, {stage}: {ppl} {more}", flush=True)
 
     results: dict[str, Any] = {"benchmark": "quality", "environment": environment(args.device), "lengths": LENGTHS}
-    results["teacher"] = judge(base, recall=True, tasks=any(run.get("tasks") for run in runs))
-    log("teacher", "as it is", results["teacher"])
+    if not args.no_teacher:
+        results["teacher"] = judge(base, recall=True, tasks=any(run.get("tasks") for run in runs))
+        log("teacher", "as it is", results["teacher"])
     results["runs"] = {}
     for run in runs:
         for seed in args.seeds:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from srf_retrofit.bench import attention as benchmark_gpu
+from srf_retrofit.bench import attention_report
 from srf_retrofit.bench import decode as benchmark_decode
 from srf_retrofit.bench import train as benchmark_train
 from srf_retrofit.bench.measurement import figure
@@ -79,20 +79,21 @@ def milliseconds(cell: dict[str, Any] | None) -> str:
 
 
 def attention_gpu_table() -> str:
-    """Milliseconds of attention by shape, pass, operator and length, and the roofline's share at the longest one."""
+    """Milliseconds of attention, forward and backward, by shape, operator and length."""
     results = load("attention-gpu")
     lengths = sorted({cell["length"] for cell in results["cells"]})
+    operators = ("window", "retained", "cudnn", "fla", "fla_maps", "seed")
     rows = []
     for shape in dict.fromkeys(cell["shape"] for cell in results["cells"]):
         heads, _, dimension = shape.partition(",")
-        for key, name in (("forward", "forward"), ("forward_backward", "forward + backward")):
-            for operator, cells in benchmark_gpu.by_operator(results, shape, key).items():
-                measured = [n for n in lengths if "share" in cells.get(n, {})]
-                share = f"{100 * cells[measured[-1]]['share']:.0f} %" if measured else ""
-                title = f"{heads}, d={dimension}, {name}: {benchmark_gpu.title(operator)}"
-                rows.append([title, *(milliseconds(cells.get(n)) for n in lengths), share])
-    header = [f"ms for {results['tokens']:,} tokens, {results['environment']['device']}", *map(length, lengths)]
-    return table([*header, "share of roofline, longest"], rows)
+        found = attention_report.by_operator(results, shape, "forward_backward")
+        for operator in (name for name in operators if name in found):
+            times = (attention_report.scaled(results, found[operator].get(n)) for n in lengths)
+            cells = ["-" if ms is None else figure(ms) for ms in times]
+            rows.append([f"{heads} heads of {dimension}: {attention_report.title(operator)}", *cells])
+    device = results["environment"]["device"]
+    header = f"forward + backward, ms for {results['tokens']:,} tokens, {device}"
+    return table([header, *map(length, lengths)], rows)
 
 
 def decode_gpu_table() -> str:
@@ -119,7 +120,7 @@ def train_gpu_table() -> str:
             if "tokens_per_second" in cell:
                 speed = f"{cell['tokens_per_second']:,.0f}"
                 memory = f"{cell['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in cell else ""
-                rows.append([benchmark_train.OBJECTIVES[objective], length(n), speed, memory])
+                rows.append([objective, length(n), speed, memory])
     title = f"{results['model']}, {results['tokens']:,} tokens a step, {results['environment']['device']}"
     return table([title, "length", "tokens/s", "peak GiB"], rows)
 
@@ -154,7 +155,7 @@ def quality_table() -> str:
 
 BLOCKS = {"demo": demo_table, "attention": attention_table, "decode": decode_table}
 PICTURES: dict[str, Any] = {
-    "attention-gpu": benchmark_gpu,
+    "attention-gpu": attention_report,
     "decode-gpu": benchmark_decode,
     "train-gpu": benchmark_train,
 }

@@ -46,6 +46,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_runtest_logfinish() -> None:
+    """After an illegal access nothing on the device works any more: have xdist start another process for the rest."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+            # Processes share the device: what none of its tests holds is the others'.
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Every test starts from the same global generator, whichever tests ran before it."""

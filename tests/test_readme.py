@@ -32,7 +32,7 @@ def test_tables_of_gpu_results(tables: Any, tmp_path: Path, monkeypatch: pytest.
     """From small results made up here; a marked block without its results is an error, a missing one is not."""
     device = {"device": "NVIDIA X"}
     cells = [
-        {"shape": "32/8,128", "pass": "forward_backward", "operator": op, "length": n, **found}
+        {"shape": "32/8,128", "pass": "forward_backward", "operator": op, "length": n, "batch": 65536 // n, **found}
         for op, n, found in (
             ("cudnn", 1024, {"milliseconds": 5.7, "share": 0.8}),
             ("cudnn", 8192, {"missing": "refused"}),
@@ -64,8 +64,8 @@ def test_tables_of_gpu_results(tables: Any, tmp_path: Path, monkeypatch: pytest.
     for name, value in results.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     text = tables.render(markers)
-    assert "| 32/8, d=128, forward + backward: cuDNN attention | 5.7 | - | 80 % |" in text
-    assert "| 32/8, d=128, forward + backward: ours, window + retained | 7.51 | 7.6 | 41 % |" in text
+    assert "| 32/8 heads of 128: cuDNN attention | 5.7 | - |" in text
+    assert "| 32/8 heads of 128: ours, window + retained | 7.51 | 7.6 |" in text
     assert "| m, batch 32: ours, CUDA graph | 1.5 |" in text
     assert "m, batch 32: exact" not in text
     assert "| m: state in tokens of cache | 213 |" in text

@@ -1,16 +1,20 @@
 """`srf-retrofit bench attention` on a GPU: training attention against the best exact one and other linear ones.
 
     srf-retrofit bench attention --device cuda --output attention-gpu.json
-    srf-retrofit bench attention --device cuda --lengths 32768,131072,1048576 --rivals cudnn
+    srf-retrofit bench attention --device cuda --lengths 1024,8192 --rivals cudnn --budget 120
 
 measures all there is to the tables: forward, and forward and backward, in bf16, the same number of tokens at each
-length, everything in one run, medians over CUDA events (`timing`), beside counted FLOPs and bytes (`roofline`). No time
-is taken of a function that has not agreed with the float64 oracle first, outputs and gradients (`gates`).
+length up to it and one row at each beyond, everything in one run, medians over CUDA events (`timing`), beside counted
+FLOPs and bytes (`roofline`). Kernels are compiled first, on all cores (`warm`). No time is taken of a function that has
+not agreed with the float64 oracle, outputs and gradients (`gates`). The file is rewritten after every length: a run
+that is cut off leaves what it has, with `complete` false.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,25 +24,29 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..files import write_json
 from ..modeling.configuration import SRFConfig
 from ..modeling.ops import fold, srf_attention
 from ..testing import random_feature_map
 from ..timing import Call, choose_device, on_gpu, peak_bytes, reason, release, time_calls
-from .gates import check_attention
-from .measurement import aligned, check_output, environment, figure, finish_text, positive_sizes
-from .plot import Panel, plot_panels, short
+from .attention_report import OURS, PASSES, linearity, plot_result, render
+from .gates import GATE_BATCH, GATE_LENGTH, check_attention
+from .measurement import check_output, environment, finish_text, positive_sizes
 from .rivals import Function, Rival, Tensors, exact_rival, leaves, linear_rivals, seed_rival
 from .roofline import Ceilings, Sizes, measure_ceilings, srf_work, tensor_bytes
+from .warm import Task, compile_ahead
 
+Shape = tuple[int, int, int]
 # Query heads, key/value heads, head dimension: a Llama of 8B parameters, and SmolLM2-135M.
-SHAPES: tuple[tuple[int, int, int], ...] = ((32, 8, 128), (9, 3, 64))
-LENGTHS = (1024, 2048, 4096, 8192, 32768)
+SHAPES: tuple[Shape, ...] = ((32, 8, 128), (9, 3, 64))
+# Rows that fill a batch of `TOKENS`, and single rows to see whether time and memory are linear.
+LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072, 1048576)
 TOKENS = 65536
 RIVALS = ("cudnn", "flash", "fla", "seed")
-PASSES = ("forward", "forward_backward")
-OURS = {"window": "ours, window", "retained": "ours, window + retained", "pure": "ours, pure"}
 # Input sets rotate so that none lies in a cache; above this size one set is more than any cache holds.
 _ROTATE_BELOW = 4 << 30
+# A rival is left out where a call is expected to take so many times the time of a cell.
+_TOO_SLOW = 10
 
 
 def variants_of(head_dim: int) -> dict[str, SRFConfig]:
@@ -56,14 +64,17 @@ class Run:
 
     device: str
     dtype: torch.dtype
+    geometry: str
+    backend: str
     seconds: float
     seed: int
-    ceilings: Ceilings
+    deadline: float
+    ceilings: Ceilings | None = None
 
 
 def attention(
     *,
-    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    shapes: Sequence[Shape] = SHAPES,
     lengths: Sequence[int] = LENGTHS,
     tokens: int = TOKENS,
     variants: Mapping[str, SRFConfig] | None = None,
@@ -73,6 +84,8 @@ def attention(
     device: str | None = None,
     geometry: str = "preconditioner",
     seconds: float = 0.3,
+    budget: float | None = None,
+    processes: int | None = None,
     seed: int = 0,
     output: str | Path | None = None,
     plot: str | Path | None = None,
@@ -98,8 +111,12 @@ def attention(
     seconds : float
         Time spent on a cell, its warm-up apart. Rivals whose call would take ten times as long are left out, with a
         note.
+    budget : float, optional
+        Seconds after which no further cell is begun, counted from the start of the run.
+    processes : int, optional
+        That compile kernels before anything else, see `warm.compile_ahead`.
     output, plot : path, optional
-        JSON and PNG file to write, whole or not at all.
+        JSON and PNG file to write. The JSON is written after each length, whole each time; the picture at the end.
     quiet : bool
         Print the JSON line alone.
 
@@ -109,15 +126,17 @@ def attention(
         `cells`, a list with one entry for each shape, length, pass and operator: `milliseconds` (median; `low` and
         `high`), `flops`, `bytes`, `bound` and `share` of the roofline, `peak_bytes` (on top of q, k, v and the gradient
         of the output) and `peak_ratio` (all of it over inputs, output and gradients), or `missing` with the reason;
-        `ceilings`, `gate`, `notes`, `environment`.
+        `linear`, see `attention_report.linearity`; `ceilings`, `warm`, `gate`, `notes`, `environment`, `complete`, and
+        the `elapsed` seconds.
 
     Raises
     ------
     ValueError
         For what cannot be measured, before anything is.
     RuntimeError
-        When the gate is red, or one of our own cells failed (after everything else has been written and printed).
+        When a gate is red, or one of our own cells failed (after everything else has been written and printed).
     """
+    start = time.monotonic()
     device = choose_device(device)
     lengths = positive_sizes("lengths", lengths)
     positive_sizes("tokens", (tokens,))
@@ -130,8 +149,9 @@ def attention(
         if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads:
             raise ValueError(f"a shape is heads/kv_heads,head_dim with whole groups, got {heads}/{kv_heads},{head_dim}")
     check_output(output, plot)
-    kind: torch.dtype = getattr(torch, dtype)
-
+    deadline = float("inf") if budget is None else start + budget
+    run = Run(device, getattr(torch, dtype), geometry, backend, seconds, seed, deadline)
+    configs = {shape: dict(variants_of(shape[2]) if variants is None else variants) for shape in shapes}
     result: dict[str, Any] = {
         "benchmark": "attention",
         "environment": environment(device),
@@ -140,35 +160,54 @@ def attention(
         "tokens": tokens,
         "geometry": geometry,
         "backend": backend,
+        "variants": {shape_name(s): {n: c.to_dict() for n, c in forms.items()} for s, forms in configs.items()},
+        "complete": False,
         "gate": {},
-        "variants": {},
         "notes": {},
         "cells": [],
+        "linear": {},
     }
-    own: dict[tuple[int, int, int], list[Rival]] = {}
-    for shape in shapes:
-        configs = variants_of(shape[2]) if variants is None else variants
-        result["variants"][shape_name(shape)] = {name: config.to_dict() for name, config in configs.items()}
-        own[shape] = [_ours(name, config, shape, geometry, backend, device) for name, config in configs.items()]
-        result["gate"][shape_name(shape)] = {
-            name: check_attention(
-                mine.function, _maps(shape, config, geometry, device), config, heads=shape[0], kv_heads=shape[1],
-                head_dim=shape[2], dtype=kind, device=device, seed=seed,
-            )
-            for mine, (name, config) in zip(own[shape], configs.items(), strict=True)
-        }  # fmt: skip
-    release(device)
+
+    def keep() -> None:
+        result["elapsed"] = time.monotonic() - start
+        result["linear"] = linearity(result)
+        if output is not None:
+            write_json(Path(output), result)
+
+    result["warm"] = compile_ahead(_rehearsals(run, configs, lengths, tokens, rivals), device, processes)
+    own = {
+        shape: [_ours(name, config, shape, run) for name, config in forms.items()] for shape, forms in configs.items()
+    }
+    red: dict[tuple[Shape, str], str] = {}
+    for shape, forms in configs.items():
+        gates: dict[str, Any] = {}
+        result["gate"][shape_name(shape)] = gates
+        for mine, (name, config) in zip(own[shape], forms.items(), strict=True):
+            try:
+                gates[name] = check_attention(
+                    mine.function, _maps(shape, config, run), config, heads=shape[0], kv_heads=shape[1],
+                    head_dim=shape[2], dtype=run.dtype, device=device, seed=seed,
+                )  # fmt: skip
+            except (RuntimeError, ValueError) as error:
+                # Nothing is timed behind a red gate; the others still are, and the run ends red.
+                red[shape, name] = gates[name] = reason(error)
+            release(device)
+    keep()
 
     small = {} if on_gpu(device) else {"copy_bytes": 1 << 20, "matmul_size": 128}
-    run = Run(device, kind, seconds, seed, measure_ceilings(device, **small))
+    run.ceilings = measure_ceilings(device, **small)
     result["ceilings"] = run.ceilings.to_dict()
+    others = {shape: _rivals(rivals, shape, run, result["notes"]) for shape in shapes}
+    slow: dict[tuple[str, str, str], float] = {}
     with tqdm(total=len(shapes) * len(lengths), desc="attention", file=sys.stderr, leave=False) as bar:
-        for shape in shapes:
-            others = _rivals(rivals, shape, run, result["notes"])
-            slow: dict[tuple[str, str], float] = {}
-            for length in lengths:
-                result["cells"] += _measure_length(run, shape, length, tokens, [*own[shape], *others], slow)
-                bar.update()
+        # Lengths outside: a run that is cut off has all shapes at the lengths that it has.
+        for length, shape in itertools.product(lengths, shapes):
+            reds = {name: why for (s, name), why in red.items() if s == shape}
+            result["cells"] += _measure_length(run, shape, length, tokens, [*own[shape], *others[shape]], reds, slow)
+            keep()
+            bar.update()
+    result["complete"] = True
+    keep()
     text = render(result)
     if plot is not None:
         plot_result(result, plot)
@@ -183,24 +222,63 @@ def attention(
     return result
 
 
-def shape_name(shape: tuple[int, int, int]) -> str:
+def _rehearsals(
+    run: Run,
+    configs: Mapping[Shape, Mapping[str, SRFConfig]],
+    lengths: Sequence[int],
+    tokens: int,
+    rivals: Sequence[str],
+) -> list[Task]:
+    """Calls that come to every kernel of the run, on few tokens: what Triton compiles does not depend on the rest."""
+    tasks: list[Task] = [
+        partial(_rehearse_ours, name, config, shape, run)
+        for shape, forms in configs.items()
+        for name, config in forms.items()
+    ]
+    # The batch size is a constant of some kernels of flash-linear-attention.
+    batches = dict.fromkeys(max(tokens // length, 1) for length in lengths)
+    if "fla" in rivals:
+        tasks += [partial(_rehearse_fla, shape, batch, run) for shape in configs for batch in batches]
+    return tasks
+
+
+def _rehearse_ours(name: str, config: SRFConfig, shape: Shape, run: Run) -> None:
+    _rehearse(_ours(name, config, shape, run), shape, GATE_BATCH, GATE_LENGTH, run)
+
+
+def _rehearse_fla(shape: Shape, batch: int, run: Run) -> None:
+    try:
+        found = linear_rivals(*shape, run.device, run.dtype)
+    except ImportError:
+        return
+    for rival in found:
+        _rehearse(rival, shape, batch, 64, run)
+
+
+def _rehearse(operator: Rival, shape: Shape, batch: int, length: int, run: Run) -> None:
+    q, k, v, do = _draw(run, Sizes(batch, *shape, length, run.dtype.itemsize), 0)
+    tensors = operator.prepare(q, k, v)
+    _call(operator.function, tensors, do.transpose(1, 2).contiguous() if operator.by_token else do, True)
+
+
+def shape_name(shape: Shape) -> str:
     """(32, 8, 128) as `32/8,128`."""
     return f"{shape[0]}/{shape[1]},{shape[2]}"
 
 
-def _maps(shape: tuple[int, int, int], config: SRFConfig, geometry: str, device: str) -> Any:
-    maps = random_feature_map(shape[1], config.num_features, shape[2], geometry=geometry, seed=config.seed)
-    return maps.to(device)
+def _maps(shape: Shape, config: SRFConfig, run: Run) -> Any:
+    maps = random_feature_map(shape[1], config.num_features, shape[2], geometry=run.geometry, seed=config.seed)
+    return maps.to(run.device)
 
 
-def _ours(name: str, config: SRFConfig, shape: tuple[int, int, int], geometry: str, backend: str, device: str) -> Rival:
+def _ours(name: str, config: SRFConfig, shape: Shape, run: Run) -> Rival:
     """Our operator as a layer calls it: the feature map folded once, as `SRFFeatures` keeps it."""
-    folded = fold(_maps(shape, config, geometry, device))
+    folded = fold(_maps(shape, config, run), run.dtype)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return srf_attention(q, k, v, folded, config, backend=backend)[0]
+        return srf_attention(q, k, v, folded, config, backend=run.backend)[0]
 
-    preconditioned = geometry in ("preconditioner", "proposal")
+    preconditioned = run.geometry in ("preconditioner", "proposal")
     return Rival(
         name,
         OURS.get(name, name),
@@ -210,7 +288,7 @@ def _ours(name: str, config: SRFConfig, shape: tuple[int, int, int], geometry: s
     )
 
 
-def _rivals(names: Sequence[str], shape: tuple[int, int, int], run: Run, notes: dict[str, str]) -> list[Rival]:
+def _rivals(names: Sequence[str], shape: Shape, run: Run, notes: dict[str, str]) -> list[Rival]:
     found: list[Rival] = []
     for name in names:
         try:
@@ -228,13 +306,14 @@ def _rivals(names: Sequence[str], shape: tuple[int, int, int], run: Run, notes: 
 
 def _measure_length(
     run: Run,
-    shape: tuple[int, int, int],
+    shape: Shape,
     length: int,
     tokens: int,
     operators: Sequence[Rival],
-    slow: dict[tuple[str, str], float],
+    red: Mapping[str, str],
+    slow: dict[tuple[str, str, str], float],
 ) -> list[dict[str, Any]]:
-    """All cells of one length. `slow` holds seconds per pair of tokens of the exact rivals' last cells."""
+    """All cells of one length. `slow` holds seconds per pair of tokens of the quadratic rivals' last cells."""
     sizes = Sizes(max(tokens // length, 1), *shape, length, run.dtype.itemsize)
     everything = tensor_bytes(sizes)
     sets = 2 if everything < _ROTATE_BELOW else 1
@@ -246,9 +325,14 @@ def _measure_length(
         }  # fmt: skip
         entries = [cell | {"pass": name} for name in PASSES]
         cells += entries
-        if operator.longest is not None and length > operator.longest:
+        missing = red.get(operator.name)
+        if time.monotonic() > run.deadline:
+            missing = "left out: the run's time was up"
+        elif operator.longest is not None and length > operator.longest:
+            missing = f"not measured beyond {operator.longest} tokens, its time grows with the square of the length"
+        if missing is not None:
             for entry in entries:
-                entry["missing"] = f"not measured beyond {operator.longest} tokens"
+                entry["missing"] = missing
             continue
         try:
             inputs = [
@@ -272,22 +356,22 @@ def _measure_cell(
     operator: Rival,
     inputs: Sequence[tuple[Tensors, torch.Tensor]],
     entry: dict[str, Any],
-    slow: dict[tuple[str, str], float],
+    slow: dict[tuple[str, str, str], float],
     everything: float,
 ) -> None:
     backward = entry["pass"] == "forward_backward"
     pairs = sizes.batch * sizes.length**2
-    key = (operator.name, entry["pass"])
+    key = (entry["shape"], operator.name, entry["pass"])
     expected = slow.get(key, 0.0) * pairs
-    if operator.name not in OURS and expected > 10 * run.seconds:
+    if expected > _TOO_SLOW * run.seconds:
         entry["missing"] = f"left out: about {expected:.0f} s a call"
         return
     calls: list[Call] = [partial(_call, operator.function, tensors, do, backward) for tensors, do in inputs]
     timing = time_calls(calls, run.device, seconds=run.seconds)
     entry |= timing.to_dict()
-    if operator.name in ("cudnn", "flash", "default"):
+    if operator.quadratic:
         slow[key] = timing.median / pairs
-    if operator.work is not None:
+    if operator.work is not None and run.ceilings is not None:
         entry |= run.ceilings.judge(operator.work(sizes, backward), timing.median)
     if backward:
         peak = peak_bytes(calls[0], run.device)
@@ -314,78 +398,3 @@ def _draw(run: Run, sizes: Sizes, stream: int) -> tuple[torch.Tensor, ...]:
         return torch.empty(shape, dtype=run.dtype, device=run.device).normal_(generator=generator)
 
     return draw(sizes.heads), draw(sizes.kv_heads), draw(sizes.kv_heads), draw(sizes.heads)
-
-
-# -- reading a result ------------------------------------------------------------------------------------------------
-
-
-def by_operator(result: dict[str, Any], shape: str, name: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """Cells of a shape and pass, by operator and length."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for cell in result["cells"]:
-        if cell["shape"] == shape and cell["pass"] == name:
-            found.setdefault(cell["operator"], {})[cell["length"]] = cell
-    return found
-
-
-def title(operator: str) -> str:
-    """An operator's name in tables and pictures."""
-    others = {"cudnn": "cuDNN attention", "flash": "flash attention", "default": "SDPA", "seed": "seed's operator"}
-    others |= {"fla": "fla, bare kernel", "fla_maps": "fla, Hedgehog maps"}
-    return {**OURS, **others}.get(operator, operator)
-
-
-def render(result: dict[str, Any]) -> str:
-    """Tables in plain text: milliseconds with the share of the roofline, then the roofline and the memory in full."""
-    parts = []
-    for shape in dict.fromkeys(cell["shape"] for cell in result["cells"]):
-        for name in PASSES:
-            cells = by_operator(result, shape, name)
-            lengths = sorted({n for x in cells.values() for n in x})
-            rows = [["ms (share of roofline)", *map(short, lengths)]]
-            rows += [[title(op), *(_time(x.get(n)) for n in lengths)] for op, x in cells.items()]
-            parts.append(f"heads/kv heads, dimension {shape}: {name.replace('_', ' + ')}\n{aligned(rows, 1)}")
-        rows = [["forward + backward", "L", "ms", "TFLOP", "GB", "bound", "share of roofline", "peak / tensors"]]
-        for op, x in by_operator(result, shape, "forward_backward").items():
-            rows += [[title(op), short(n), *_work(x[n])] for n in sorted(x) if "milliseconds" in x[n]]
-        parts.append(f"heads/kv heads, dimension {shape}: roofline and memory\n{aligned(rows, 1)}")
-    ceilings = result["ceilings"]
-    parts.append(
-        f"ceilings of this run: copy {ceilings['copy_bytes_per_second'] / 1e12:.2f} TB/s, bf16 products "
-        f"{ceilings['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s"
-    )
-    remarks = dict(result["notes"])
-    for cell in result["cells"]:
-        if "missing" in cell:
-            remarks[f"{title(cell['operator'])}, {cell['shape']}, L={short(cell['length'])}"] = cell["missing"]
-    parts.append("\n".join(f"{name}: {why}" for name, why in remarks.items()))
-    return "\n\n".join(parts)
-
-
-def _time(cell: dict[str, Any] | None) -> str:
-    if cell is None or "milliseconds" not in cell:
-        return "-"
-    return figure(cell["milliseconds"]) + (f" ({100 * cell['share']:.0f}%)" if "share" in cell else "")
-
-
-def _work(cell: dict[str, Any]) -> list[str]:
-    counted = (
-        [figure(cell["flops"] / 1e12), figure(cell["bytes"] / 1e9), cell["bound"], f"{100 * cell['share']:.0f} %"]
-        if "share" in cell
-        else ["", "", "", ""]
-    )
-    return [figure(cell["milliseconds"]), *counted, figure(cell.get("peak_ratio"))]
-
-
-def plot_result(result: dict[str, Any], path: str | Path) -> None:
-    """Forward and backward time against length, one panel a shape, both axes logarithmic."""
-    panels = []
-    for shape in dict.fromkeys(cell["shape"] for cell in result["cells"]):
-        heads, _, dimension = shape.partition(",")
-        panel = Panel(f"{heads} heads, dimension {dimension}", "forward + backward, ms", ours=tuple(OURS.values()))
-        for op, x in by_operator(result, shape, "forward_backward").items():
-            # The same number of tokens everywhere, so that a line that rises costs more for each of them.
-            points = [(float(n), c["milliseconds"]) for n, c in x.items() if "milliseconds" in c]
-            panel.lines[title(op)] = points
-        panels.append(panel)
-    plot_panels(panels, path, f"{result['tokens']:,} tokens, {result['dtype']}, {result['environment']['device']}")

@@ -1,7 +1,7 @@
 """`srf-retrofit bench decode` on a GPU: the attention step alone, and whole models beside the best exact decoding.
 
     srf-retrofit bench decode --device cuda --output decode-gpu.json
-    srf-retrofit bench decode --device cuda --models llama-3.2-1b --batches 32 --lengths 32768 --compile
+    srf-retrofit bench decode --device cuda --models llama-3.2-1b --batches 32 --lengths 32768 --no-compile
 
 Everything is replayed from CUDA graphs, on both sides: an eager step of a model with a billion parameters waits for
 Python, at any context. Contexts are set by filling states and caches with random values at that position. Each part has
@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+from ..files import write_json
 from ..modeling.configuration import SRFConfig
 from ..modeling.ops import fold
 from ..modeling.recurrent import attend_token
 from ..modeling.state import SRFState
 from ..testing import random_feature_map
 from ..timing import captured, choose_device, on_gpu, release, time_calls
+from .decode_compiled import check_compiled
 from .decode_models import SIDES, ModelBench
 from .decode_sides import MODELS, ModelShape, check_graphs, fill_state_
 from .gates import check_step
@@ -43,11 +45,11 @@ def decode(
     batches: Sequence[int] = BATCHES,
     config: SRFConfig = CONFIG,
     rivals: Sequence[str] = RIVALS,
-    compile: bool = False,
-    largest: bool = False,
+    compile: bool | None = None,
+    largest: bool | None = None,
     device: str | None = None,
     dtype: str = "bfloat16",
-    seconds: float = 0.5,
+    seconds: float = 0.2,
     seed: int = 0,
     output: str | Path | None = None,
     plot: str | Path | None = None,
@@ -64,12 +66,12 @@ def decode(
     config : SRFConfig
     rivals : sequence of {"exact", "dynamic", "static"}
         The best exact side, and Transformers' two caches.
-    compile : bool
-        Also compile both sides with `torch.compile` before they are captured; minutes more.
-    largest : bool
-        Also run our side at 90 % of the largest batch computed for a context of 32k.
+    compile : bool, optional
+        Also measure both sides compiled, see `decode_compiled`; by default on a GPU.
+    largest : bool, optional
+        Also run our side at 90 % of the largest batch computed for a context of 32k; by default on a GPU.
     device, dtype, seconds, seed, output, plot, quiet
-        See `bench.attention.attention`.
+        See `bench.attention.attention`. `output` is also written after every cell, with `complete` false.
 
     Returns
     -------
@@ -104,6 +106,11 @@ def decode(
     maps = random_feature_map(first.kv_heads, config.num_features, first.head_dim, geometry="preconditioner").to(device)
     gate: dict[str, Any] = {"step": check_step(step, maps, config, dtype=kind, device=device, seed=seed, **heads)}
     gate |= check_graphs(config, device=device, dtype=kind, seed=seed)
+    compile, largest = (on_gpu(device) if flag is None else flag for flag in (compile, largest))
+    sides = ["ours", *rivals]
+    if compile:
+        gate["compiled"] = check_compiled(config, device=device, dtype=kind, seed=seed)
+        sides += [f"{side}_compiled" for side in ("ours", "exact") if side in sides]
     release(device)
 
     small = {} if on_gpu(device) else {"copy_bytes": 1 << 20, "matmul_size": 128}
@@ -121,23 +128,28 @@ def decode(
         "model": [],
         "state": {},
         "max_batch": {},
+        "complete": False,
     }
+
+    def save() -> None:
+        if output is not None:
+            write_json(Path(output), result)
+
     for batch in batches:
         cell = _measure_step(step, count_bytes, first, batch, maps, config, ceilings, device, kind, seconds)
         result["step"].append(cell)
+        save()
         release(device)
-    sides = ["ours", *rivals]
-    if compile:
-        sides += [f"{side}_compiled" for side in ("ours", "exact") if side in sides]
     for shape in shapes:
         bench = ModelBench(shape, config, ceilings, count_bytes, device, kind, seconds, seed)
-        bench.run(contexts, batches, sides, largest, result)
+        bench.run(contexts, batches, sides, largest, result, save)
         del bench
         release(device)
+    result["complete"] = True
     if plot is not None:
         plot_result(result, plot)
     result = finish_text(result, render(result), output, quiet)
-    failed = [c for c in result["model"] if c["side"] == "ours" and "missing" in c]
+    failed = [c for c in result["model"] if c["side"].startswith("ours") and "missing" in c]
     if failed:
         raise RuntimeError(f"{len(failed)} cell(s) of our own have no figure, the first: {failed[0]['missing']}")
     return result
@@ -186,7 +198,7 @@ def _measure_step(
         fill_state_(state, 4096 + 5 * torch.arange(batch, device=device))
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (torch.randn(batch, n, 1, shape.head_dim, device=device).to(dtype) for n in heads)
-    folded, scaling, block = fold(maps), shape.head_dim**-0.5, max(config.window, 1)
+    folded, scaling, block = fold(maps, dtype), shape.head_dim**-0.5, max(config.window, 1)
 
     def run() -> None:
         with torch.no_grad():
@@ -240,7 +252,7 @@ def render(result: dict[str, Any]) -> str:
             rows += [
                 [f"tokens/s, {SIDES[side]}", *(figure(x.get(n, {}).get("tokens_per_second")) for n in contexts)]
                 for side, x in cells.items()
-                if side in ("ours", "exact")
+                if side.startswith(("ours", "exact"))
             ]
             parts.append(f"{model}, batch {batch}\n{aligned(rows, 1)}")
             for side, x in cells.items():
@@ -274,11 +286,14 @@ def plot_result(result: dict[str, Any], path: str | Path) -> None:
     for model in result["state"]:
         panel = Panel(model, "ms a token", xlabel="context (tokens)")
         for batch in batches_of(result, model):
-            for side, x in by_side(result, model, batch).items():
+            sides = by_side(result, model, batch)
+            for side, x in sides.items():
                 points = [(float(n), c["milliseconds"]) for n, c in x.items() if "milliseconds" in c]
-                if side not in ("ours", "exact") or len(points) < 2:
+                # The compiled sides where they were measured: what both can do at best.
+                best = {f"{name}_compiled" if f"{name}_compiled" in sides else name for name in ("ours", "exact")}
+                if side not in best or len(points) < 2:
                     continue
-                panel.lines[f"{side}, batch {batch}"] = points
+                panel.lines[f"{side.removesuffix('_compiled')}, batch {batch}"] = points
         panel.ours = tuple(name for name in panel.lines if name.startswith("ours"))
         panels.append(panel)
     plot_panels(panels, path, f"{result['environment']['device']}, {result['dtype']}, CUDA graphs on both sides")

@@ -13,6 +13,7 @@ from ..modeling.configuration import SRFConfig
 from ..modeling.state import SRFState
 from ..surgery import retrofit, revert
 from ..timing import Call, captured, on_gpu, reason, release, time_calls
+from .decode_compiled import CompiledGreedy
 from .decode_sides import (
     Greedy,
     ModelShape,
@@ -36,6 +37,9 @@ SIDES = {
     "static": "Transformers, StaticCache, CUDA graph",
 }
 MAX_BATCH_CONTEXT = 32768
+# Transformers' own caches are measured up to this batch, at the shortest context and at `MAX_BATCH_CONTEXT`.
+STOCK = ("dynamic", "static")
+STOCK_BATCH = 32
 # Share of the free memory that a cache may take, and bytes left for everything else in the computed largest batch.
 _FIT = 0.92
 _RESERVE = 2 << 30
@@ -65,6 +69,8 @@ class ModelBench:
         self.kv_bytes = shape.kv_bytes_per_token(dtype.itemsize)
         state = SRFState.empty(config, 1, shape.kv_heads, shape.head_dim, dtype=dtype, device="meta")
         self.state_bytes = shape.layers * state.nbytes()
+        self.fastest: dict[tuple[int, int], tuple[str, bool]] = {}
+        self.compiled_for: tuple[str, int] | None = None
 
     def run(
         self,
@@ -73,8 +79,9 @@ class ModelBench:
         sides: Sequence[str],
         largest: bool,
         result: dict[str, Any],
+        save: Call = lambda: None,
     ) -> None:
-        """Measure `sides`, and put the cells into `result`."""
+        """Measure `sides`, and put the cells into `result`; `save` is called whenever there is another one."""
         name = self.shape.name
         result["state"][name] = {
             "bytes": self.state_bytes,
@@ -87,32 +94,40 @@ class ModelBench:
             fits = int(_FIT * self.free() / (contexts[-1] * self.kv_bytes))
             if fits > 1 and fits not in batches:
                 grid.append((fits, contexts[-1]))
-        with tqdm(total=len(sides) * len(grid), desc=name, file=sys.stderr, leave=False) as bar:
-            for side in (side for side in SIDES if side in sides):
+        cells = {side: [c for c in grid if self.wanted(side, *c, contexts)] for side in SIDES if side in sides}
+        if largest and "ours" in cells:
+            cells["ours"] = [*grid, (int(0.9 * most["ours"]), MAX_BATCH_CONTEXT)]
+        with tqdm(total=sum(map(len, cells.values())), desc=name, file=sys.stderr, leave=False) as bar:
+
+            def record(cell: dict[str, Any]) -> None:
+                result["model"].append(cell)
+                save()
+                bar.update()
+
+            for side, asked in cells.items():
                 if side.startswith("ours"):
-                    more = [(int(0.9 * most["ours"]), MAX_BATCH_CONTEXT)] if largest and side == "ours" else []
                     retrofit(self.model, self.config)
-                    cells = self.ours(side, grid + more, bar.update)
+                    self.ours(side, asked, record)
                     revert(self.model)
                 else:
-                    cells = []
-                    for batch, context in grid:
-                        cells.append(self.guarded(side, batch, context, self.exact))
-                        bar.update()
-                result["model"] += cells
+                    for batch, context in asked:
+                        record(self.guarded(side, batch, context, self.exact))
                 self.model.set_attn_implementation("sdpa")
 
-    def ours(self, side: str, grid: Sequence[tuple[int, int]], update: Call) -> list[dict[str, Any]]:
+    def wanted(self, side: str, batch: int, context: int, contexts: Sequence[int]) -> bool:
+        """Whether a cell is measured."""
+        few = batch <= STOCK_BATCH and context in (contexts[0], MAX_BATCH_CONTEXT)
+        return side not in STOCK or few
+
+    def ours(self, side: str, grid: Sequence[tuple[int, int]], record: Callable[[dict[str, Any]], None]) -> None:
         """Our side: one graph a batch size serves every context, for the state has one size."""
-        cells = []
         for batch in dict.fromkeys(b for b, _ in grid):
             kept: dict[str, Any] = {}
 
             def measure(batch: int, context: int, side: str, kept: dict[str, Any] = kept) -> dict[str, Any]:
                 if "replay" not in kept:
                     cache = srf_cache(self.model, batch, context, self.device)
-                    step = Greedy(self.compiled(side), cache, self.tokens(batch))
-                    kept["cache"], kept["replay"] = cache, captured(step, self.device)
+                    kept["cache"], kept["replay"] = cache, self.step(side, cache, batch)
                 move_to_(kept["cache"], context)
                 # Whole blocks, so that the folds of one sequence count in full.
                 block = max(self.config.window, 1) if batch <= _WHOLE_BLOCKS_UP_TO else 4
@@ -121,11 +136,9 @@ class ModelBench:
                 return self.timed(kept["replay"], block, batch, self.work(batch, moved, ours=True))
 
             for context in (n for b, n in grid if b == batch):
-                cells.append(self.guarded(side, batch, context, measure))
-                update()
+                record(self.guarded(side, batch, context, measure))
             kept.clear()
             release(self.device)
-        return cells
 
     def exact(self, batch: int, context: int, side: str) -> dict[str, Any]:
         """A side that keeps keys and values."""
@@ -136,17 +149,17 @@ class ModelBench:
             return {"missing": f"does not fit: {need / 2**30:.1f} GiB of cache, {self.free() / 2**30:.1f} GiB free"}
         found: dict[str, Any] = {}
         before = None
-        if side in ("dynamic", "static"):
+        if side in STOCK:
             cache, before = stock_cache(self.model, side, self.shape, batch, context, self.device)
             self.model.set_attn_implementation("sdpa")
         else:
             cache = exact_cache(self.shape, batch, context, self.device, self.dtype)
-            backend, packed = fastest_exact(self.shape, cache, batch, self.device)
+            if (batch, context) not in self.fastest:  # the compiled side takes the same
+                self.fastest[batch, context] = fastest_exact(self.shape, cache, batch, self.device)
+            backend, packed = self.fastest[batch, context]
             use_exact(self.model, backend, packed)
             found["attention"] = backend + (", packed groups" if packed else "")
-        step: Call = Greedy(self.compiled(side), cache, self.tokens(batch), before)
-        if side != "dynamic":
-            step = captured(step, self.device)
+        step = self.step(side, cache, batch, before)
         work = self.work(batch, batch * context * self.kv_bytes, context=context)
         return found | self.timed(step, 2 if side == "dynamic" else 8, batch, work)
 
@@ -183,12 +196,15 @@ class ModelBench:
         flops = batch * (2 * self.parameters + s.layers * s.heads * attention)
         return Work(flops, self.weights + cache_bytes)
 
-    def compiled(self, side: str) -> Any:
-        """The model, compiled where the side says so."""
-        if not side.endswith("_compiled"):
-            return self.model
-        torch.compiler.reset()
-        return torch.compile(self.model, dynamic=False)
+    def step(self, side: str, cache: Any, batch: int, before: Call | None = None) -> Call:
+        """One step of a side, as a CUDA graph where it can be one."""
+        if side.endswith("_compiled"):
+            if self.compiled_for != (side, batch):  # code of other batches would count against the limit of versions
+                torch.compiler.reset()
+                self.compiled_for = (side, batch)
+            return captured(CompiledGreedy(self.model, cache, self.tokens(batch)), self.device)
+        step = Greedy(self.model, cache, self.tokens(batch), before)
+        return step if side == "dynamic" else captured(step, self.device)
 
     def tokens(self, batch: int) -> torch.Tensor:
         """First tokens of a step's input, (B, 1)."""

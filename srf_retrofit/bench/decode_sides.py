@@ -8,6 +8,7 @@ the position asked for: a prefill would change no time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,17 +78,22 @@ def build_model(shape: ModelShape, *, device: str, dtype: torch.dtype, seed: int
 
 
 class Greedy:
-    """One greedy step of a model on its cache: reads `tokens` (B, 1), runs the model, leaves the next ones there."""
+    """One greedy step of a model on its cache: reads `tokens` (B, 1), runs the model, leaves the next ones there.
+
+    `logits` (B, vocabulary) are those of the last step.
+    """
 
     def __init__(self, model: Any, cache: Cache, tokens: torch.Tensor, before: Call | None = None) -> None:
         self.model, self.cache, self.tokens, self.before = model, cache, tokens, before
+        self.logits: torch.Tensor | None = None
 
     def __call__(self) -> None:
         with torch.no_grad():
             if self.before is not None:
                 self.before()
-            logits = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True).logits
-            self.tokens.copy_(logits[:, -1].argmax(-1, keepdim=True))
+            logits = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True).logits[:, -1]
+            self.tokens.copy_(logits.argmax(-1, keepdim=True))
+            self.logits = logits
 
 
 # -- ours ------------------------------------------------------------------------------------------------------------
@@ -203,8 +209,8 @@ def decode_attention(backend: str, packed: bool) -> Callable[..., torch.Tensor]:
     return attend
 
 
-def use_exact(model: Any, backend: str, packed: bool) -> None:
-    """Let a softmax model decode by `decode_attention`."""
+@functools.cache  # the same function again, so that what was compiled with it still holds
+def _interface(backend: str, packed: bool) -> Callable[..., tuple[torch.Tensor, None]]:
     attend = decode_attention(backend, packed)
 
     def interface(
@@ -212,8 +218,13 @@ def use_exact(model: Any, backend: str, packed: bool) -> None:
     ) -> tuple[torch.Tensor, None]:
         return attend(query, key, value, kwargs.get("scaling")).transpose(1, 2), None
 
+    return interface
+
+
+def use_exact(model: Any, backend: str, packed: bool) -> None:
+    """Let a softmax model decode by `decode_attention`."""
     # An attention unknown to Transformers' masks gets none.
-    AttentionInterface.register(_INTERFACE, interface)
+    AttentionInterface.register(_INTERFACE, _interface(backend, packed))
     model.set_attn_implementation(_INTERFACE)
 
 
@@ -278,6 +289,42 @@ GATE_MODEL = ModelShape("gate", 256, 384, 2, 4, 2, 64, 512)
 
 
 @torch.no_grad()
+def gate_model(device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """The small random softmax model of the gates, with peaked logits: a wrong state shows in the tokens."""
+    model: Any = build_model(GATE_MODEL, device=device, dtype=dtype, seed=seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(5)
+    return model
+
+
+@torch.no_grad()
+def gate_start(model: Any, config: SRFConfig, device: str, seed: int = 0) -> tuple[StaticCache, torch.Tensor]:
+    """A cache of the retrofitted gate model after a real prefill of two rows, and their next tokens (2, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(3, GATE_MODEL.vocabulary, (2, config.window + 9), generator=generator).to(device)
+    cache = StaticCache(config=model.config, max_cache_len=1024)
+    logits = model(input_ids=prompt, past_key_values=cache, use_cache=True).logits
+    return cache, logits[:, -1].argmax(-1, keepdim=True)
+
+
+def restorer(cache: Cache) -> Call:
+    """What puts the states, or the keys and values, of a cache back to what they are now, in place."""
+    tensors: list[torch.Tensor] = []
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
+        is_state = isinstance(layer, SRFCacheLayer)
+        tensors += (*layer.state, layer.cumulative_length) if is_state else (layer.keys, layer.values)
+    kept = [t.clone() for t in tensors]
+
+    def restore() -> None:
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor.copy_(before)
+
+    return restore
+
+
+@torch.no_grad()
 def check_graphs(config: SRFConfig, *, device: str, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
     """Both sides on a small random model: what is replayed is what the model computes.
 
@@ -289,25 +336,16 @@ def check_graphs(config: SRFConfig, *, device: str, dtype: torch.dtype, seed: in
     GateError
         When they differ.
     """
-    model: Any = build_model(GATE_MODEL, device=device, dtype=dtype, seed=seed)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.mul_(5)  # peaked logits: a wrong state shows in the tokens
+    model = gate_model(device, dtype, seed)
     found: dict[str, Any] = {"exact_logits": _check_exact(model, device, dtype)}
 
     retrofit(model, config)
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(3, GATE_MODEL.vocabulary, (2, config.window + 9), generator=generator).to(device)
-    cache = StaticCache(config=model.config, max_cache_len=1024)
-    first = model(input_ids=prompt, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-    layers = srf_layers(cache)
-    kept = [[t.clone() for t in (*layer.state, layer.cumulative_length)] for layer in layers]  # type: ignore[misc]
+    cache, first = gate_start(model, config, device, seed)
+    restore_cache = restorer(cache)
     step = Greedy(model, cache, first.clone())
 
     def restore() -> None:
-        for layer, tensors in zip(layers, kept, strict=True):
-            for mine, before in zip((*layer.state, layer.cumulative_length), tensors, strict=True):  # type: ignore[misc]
-                mine.copy_(before)
+        restore_cache()
         step.tokens.copy_(first)
 
     def tokens(run: Call) -> torch.Tensor:

@@ -99,7 +99,7 @@ def check_operator(shape: Shape, config: SRFConfig, geometry: str = "preconditio
     exact_q, exact_k, exact_v = (x.detach().double().cpu().requires_grad_() for x in (q, k, v))
     weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(shape.seed)).to(q)
     o, _ = srf_attention(q, k, v, maps, config)
-    expected, _ = quadratic_attention(exact_q, exact_k, exact_v, maps, config)
+    expected, _ = quadratic_attention(exact_q, exact_k, exact_v, maps, config, dtype=q.dtype)
     results = [o.detach(), *torch.autograd.grad(o, (q, k, v), weight)]
     truths = [
         expected.detach(),

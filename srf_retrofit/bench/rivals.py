@@ -6,8 +6,10 @@ A rival that cannot run says why in place of a figure; nothing here is substitut
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +23,7 @@ Function = Callable[..., torch.Tensor]
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # The seed's operator takes seconds a call beyond this.
-SEED_LONGEST = 4096
+SEED_LONGEST = 8192
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Rival:
         What a reader should know about the comparison.
     by_token : bool
         Whether it works on (B, L, H, D) instead.
+    quadratic : bool
+        Whether its time grows with the square of the length, which tells when a longer one is worth no attempt.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Rival:
     longest: int | None = None
     note: str = ""
     by_token: bool = False
+    quadratic: bool = False
 
 
 def leaves(*tensors: torch.Tensor) -> Tensors:
@@ -107,6 +112,7 @@ def exact_rival(name: str, heads: int, kv_heads: int, head_dim: int, device: str
         prepare,
         lambda sizes, backward: softmax_work(sizes, backward=backward),
         note=note,
+        quadratic=True,
     )
 
 
@@ -124,6 +130,7 @@ def linear_rivals(heads: int, kv_heads: int, head_dim: int, device: str, dtype: 
     from fla.modules.feature_map import HedgehogFeatureMap
     from fla.ops.linear_attn import chunk_linear_attn
 
+    _tune_quickly("fla")
     group = heads // kv_heads
     query_map, key_map = (HedgehogFeatureMap(head_dim).to(device, dtype).requires_grad_(False) for _ in range(2))
 
@@ -146,7 +153,7 @@ def linear_rivals(heads: int, kv_heads: int, head_dim: int, device: str, dtype: 
             bare,
             features,
             lambda sizes, backward: linear_work(sizes, sizes.head_dim, backward=backward),
-            note="features given, no normaliser, no window, heads repeated beforehand",
+            note=f"features given, no normaliser, no window, heads repeated beforehand; {_TUNED}",
             by_token=True,
         ),
         Rival(
@@ -155,10 +162,33 @@ def linear_rivals(heads: int, kv_heads: int, head_dim: int, device: str, dtype: 
             whole,
             lambda q, k, v: leaves(by_token(q), by_token(k, group), by_token(v, group)),
             None,
-            note="2 D features, normalised, no window, heads repeated beforehand",
+            note=f"2 D features, normalised, no window, heads repeated beforehand; {_TUNED}",
             by_token=True,
         ),
     ]
+
+
+_TUNED = "tuned by its own autotuner, at one depth of its pipelines"
+
+
+def _tune_quickly(package: str) -> None:
+    """Leave the autotuners of a package one pipeline depth, the middle one, and little time for each candidate.
+
+    They tune anew for each batch size, among up to 48 candidates a kernel: all of them are hundreds of seconds of
+    compilation, for a few percent.
+    """
+    from triton.runtime.autotuner import Autotuner, Heuristics
+    from triton.testing import do_bench
+
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == package]
+    for kernel in [x for module in modules for x in list(vars(module).values())]:
+        while isinstance(kernel, Heuristics):
+            kernel = kernel.fn
+        if isinstance(kernel, Autotuner):
+            depths = sorted({config.num_stages for config in kernel.configs})
+            middle = depths[len(depths) // 2]
+            kernel.configs = [config for config in kernel.configs if config.num_stages == middle] or kernel.configs
+            kernel.__dict__["do_bench"] = partial(do_bench, warmup=5, rep=20)
 
 
 def seed_rival(heads: int, kv_heads: int, head_dim: int, device: str) -> Rival:
@@ -185,4 +215,5 @@ def seed_rival(heads: int, kv_heads: int, head_dim: int, device: str) -> Rival:
         None,
         longest=SEED_LONGEST,
         note="no window, heads repeated beforehand",
+        quadratic=True,
     )

@@ -22,7 +22,18 @@ _OPTIONS = {
     ("decode", "CPU"): _SHAPE,
     ("seed", "CPU"): _SHAPE,
     ("seed", "GPU"): _SHAPE,
-    ("attention", "GPU"): {"heads", "kv_heads", "head_dim", "dtype", "tokens", "seconds", "rivals", "backend", "plot"},
+    ("attention", "GPU"): {
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "dtype",
+        "tokens",
+        "seconds",
+        "budget",
+        "rivals",
+        "backend",
+        "plot",
+    },
     ("decode", "GPU"): {"dtype", "seconds", "rivals", "models", "batches", "compile_", "largest", "plot"},
     ("train", "GPU"): {"tokens", "seconds", "models", "weights", "compile_", "plot"},
 }
@@ -44,6 +55,9 @@ def bench(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="GPU: tokens in a batch, for attention and train.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="GPU: time spent on a cell.", min=0)] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="GPU: seconds after which attention begins no further cell.", min=0)
+    ] = None,
     rivals: Annotated[
         str | None, typer.Option(help="GPU: of cudnn,flash,fla,seed (attention) or exact,dynamic,static (decode).")
     ] = None,
@@ -53,8 +67,15 @@ def bench(
     ] = None,
     batches: Annotated[str | None, typer.Option(help="GPU: batch sizes of decode, as 1,32,256.")] = None,
     weights: Annotated[str | None, typer.Option(help="GPU: bfloat16 or float32 (autocast), for train.")] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="GPU: also compile both sides of decode; train.")] = False,
-    largest: Annotated[bool, typer.Option("--largest", help="GPU: run decode at its largest batch.")] = False,
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="GPU: both sides of decode also compiled [default]; train compiled."
+        ),
+    ] = None,
+    largest: Annotated[
+        bool | None, typer.Option("--largest/--no-largest", help="GPU: decode also at its largest batch [default].")
+    ] = None,
     plot: Annotated[str | None, typer.Option(help="GPU: PNG file to write. [default: beside --output]")] = None,
     output: Annotated[str | None, typer.Option(help="JSON file to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -66,8 +87,9 @@ def bench(
         raise ValueError(f"bench measures attention, decode, train or seed, got {what!r}")
     given: dict[str, Any] = {
         "repeats": repeats, "batch_size": batch_size, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
-        "dtype": dtype, "tokens": tokens, "seconds": seconds, "rivals": rivals, "backend": backend, "models": models,
-        "batches": batches, "weights": weights, "compile_": compile_ or None, "largest": largest or None, "plot": plot,
+        "dtype": dtype, "tokens": tokens, "seconds": seconds, "budget": budget, "rivals": rivals, "backend": backend,
+        "models": models, "batches": batches, "weights": weights, "compile_": compile_, "largest": largest,
+        "plot": plot,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     device = choose_device(device)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from bench_inputs import ATTENTION, CONFIG, png
 from typer.testing import CliRunner
 
-from srf_retrofit import SRFConfig, timing
 from srf_retrofit.bench import attention as benchmark_gpu
 from srf_retrofit.bench import decode as benchmark_decode
-from srf_retrofit.bench import decode_models, decode_sides, gates
+from srf_retrofit.bench import decode_compiled, decode_models, decode_sides, gates
 from srf_retrofit.bench import train as benchmark_train
 from srf_retrofit.bench.decode_sides import ModelShape
 from srf_retrofit.bench.roofline import Ceilings, softmax_work
@@ -21,12 +21,7 @@ from srf_retrofit.cli import main as cli
 from srf_retrofit.modeling.state import SRFState
 from srf_retrofit.testing import random_feature_map
 
-CONFIG = SRFConfig(num_features=8, window=4, sinks=1, retained=2)
 TINY = ModelShape("tiny", 32, 48, 2, 4, 2, 8, 64)
-ATTENTION: dict[str, Any] = {
-    "shapes": [(2, 1, 8)], "lengths": (16, 32), "tokens": 64, "variants": {"retained": CONFIG}, "rivals": ("default",),
-    "backend": "torch", "dtype": "float32", "device": "cpu", "seconds": 0.01,
-}  # fmt: skip
 DECODE: dict[str, Any] = {
     "models": [TINY], "contexts": (8, 16), "batches": (1, 2), "config": CONFIG, "dtype": "float32", "device": "cpu",
     "seconds": 0.01,
@@ -38,89 +33,10 @@ TRAIN: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _small_gates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gates at lengths that suit these shapes; ragged all the same."""
-    for module in (benchmark_gpu, benchmark_train):
-        check = module.check_attention
-        monkeypatch.setattr(module, "check_attention", lambda *a, check=check, **kw: check(*a, **{**kw, "length": 37}))
-
-
-def png(path: Path) -> bool:
-    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-# -- attention -------------------------------------------------------------------------------------------------------
-
-
-def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_COMMIT", "abc")
-    output, plot = tmp_path / "a.json", tmp_path / "a.png"
-    found = benchmark_gpu.attention(**ATTENTION, output=output, plot=plot)
-    printed = capsys.readouterr().out
-    assert json.loads(printed.splitlines()[-1]) == json.loads(output.read_text()) == found
-    assert png(plot)
-    assert "ours, window + retained" in printed
-    assert "share of roofline" in printed
-    cells = found["cells"]
-    assert len(cells) == 2 * 2 * 2
-    assert {(c["length"], c["batch"]) for c in cells} == {(16, 4), (32, 2)}
-    for cell in cells:
-        assert cell["milliseconds"] > 0
-        assert cell["share"] > 0
-    assert set(found["gate"]["2/1,8"]["retained"]) >= {"o", "dq", "dk", "dv", "all_dq"}
-    assert found["environment"]["commit"] == "abc"
-
-
-@pytest.mark.parametrize("fault", ["output", "gradient", "other_head"])
-def test_a_wrong_attention_is_not_timed(
-    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right = benchmark_gpu.srf_attention
-
-    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if fault == "gradient":
-            k = k.detach() + 0.9 * (k - k.detach())
-        o, state = right(q, k, v, *args, **kwargs)
-        if fault == "other_head":  # not the one that the oracle looks at
-            o = o * torch.tensor([1.01, 1.0]).view(1, 2, 1, 1)
-        return (o * 1.01 if fault == "output" else o), state
-
-    monkeypatch.setattr(benchmark_gpu, "srf_attention", wrong)
-    monkeypatch.setattr(benchmark_gpu, "time_calls", lambda *_, **__: pytest.fail("a wrong operator was timed"))
-    with pytest.raises(gates.GateError, match="no speed figure"):
-        benchmark_gpu.attention(**{**ATTENTION, "shapes": [(2, 2, 8)]})
-    assert capsys.readouterr().out == ""
-
-
-def test_a_rival_that_refuses_is_reported_and_one_of_ours_ends_red(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = benchmark_gpu.time_calls
-
-    def refuses(calls: Any, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("No available kernel.\nmore lines")
-
-    monkeypatch.setattr(benchmark_gpu, "time_calls", refuses)
-    with pytest.raises(RuntimeError, match=r"4 cell\(s\) of our own have no figure.*No available kernel"):
-        benchmark_gpu.attention(**ATTENTION)
-    printed = capsys.readouterr().out
-    assert "SDPA, 2/1,8, L=16: RuntimeError: No available kernel." in printed
-    assert json.loads(printed.splitlines()[-1])["cells"][0]["missing"]
-
-    monkeypatch.setattr(benchmark_gpu, "time_calls", real)
-    found = benchmark_gpu.attention(**{**ATTENTION, "rivals": ("fla",)})
-    assert "not measured" in found["notes"]["fla"]
-
-
-def test_rivals_that_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        benchmark_gpu, "time_calls", lambda *_, **__: timing.Timing(median=1.0, low=1.0, high=1.0, repeats=3)
-    )
-    found = benchmark_gpu.attention(**{**ATTENTION, "seconds": 0.15})
-    cells = {(c["operator"], c["length"]): c for c in found["cells"]}
-    assert "milliseconds" in cells["default", 16]
-    assert cells["default", 32]["missing"] == "left out: about 2 s a call"
-    assert "milliseconds" in cells["retained", 32]
+def _small_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate at a length that suits these shapes; ragged all the same."""
+    check = benchmark_train.check_attention
+    monkeypatch.setattr(benchmark_train, "check_attention", lambda *a, **kw: check(*a, **{**kw, "length": 37}))
 
 
 # -- decode ----------------------------------------------------------------------------------------------------------
@@ -134,13 +50,62 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert png(plot)
     assert [c["batch"] for c in found["step"]] == [1, 2]
     assert {c["side"] for c in found["model"]} == {"ours", "exact", "dynamic", "static"}
-    assert len(found["model"]) == 4 * 4
+    # Transformers' own caches at the shortest context alone.
+    assert len(found["model"]) == 2 * 4 + 2 * 2
+    assert found["complete"] is True
     assert all(c["tokens_per_second"] > 0 for c in found["model"])
     state = SRFState.empty(CONFIG, 1, 2, 8, dtype=torch.float32).nbytes()
     assert found["state"]["tiny"] == {
         "bytes": 2 * state, "kv_bytes_per_token": 2 * 2 * 2 * 8 * 4, "kv_tokens": 2 * state / 256,
     }  # fmt: skip
     assert found["gate"]["tokens"] == 2 * (2 * CONFIG.window + 5)
+
+
+def test_decode_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both sides, one compiled layer for all layers and contexts of a batch, and a result at every moment."""
+    monkeypatch.setattr(decode_compiled, "BACKEND", "aot_eager")
+    output, seen = tmp_path / "d.json", []
+    monkeypatch.setattr(benchmark_decode, "finish_text", lambda result, *_: result)
+    counters, reset = torch._dynamo.utils.counters, torch.compiler.reset
+    graphs: list[int] = []
+
+    def counted() -> None:
+        graphs.append(counters["stats"]["unique_graphs"])
+        reset()
+
+    monkeypatch.setattr(torch.compiler, "reset", counted)
+    run = decode_models.ModelBench.guarded
+
+    def guarded(self: Any, *args: Any) -> dict[str, Any]:
+        seen.append(json.loads(output.read_text()))
+        return run(self, *args)
+
+    monkeypatch.setattr(decode_models.ModelBench, "guarded", guarded)
+    found = benchmark_decode.decode(**{**DECODE, "rivals": ("exact",)}, compile=True, output=output)
+    cells = {(c["side"], c["batch"], c["context"]): c for c in found["model"]}
+    assert len(cells) == 4 * 4
+    assert all("milliseconds" in c for c in cells.values()), found["model"]
+    assert found["gate"]["compiled"]["ours"]["tokens"] == 1
+    assert found["gate"]["compiled"]["exact"]["logits"] < 1e-5
+    assert [len(x["model"]) for x in seen] == list(range(16))
+    assert not any(x["complete"] for x in seen)
+    # Before a layer, a layer, after it; two sides in the gate, then one a side and batch.
+    assert counters["stats"]["unique_graphs"] - graphs[0] == 3 * (2 + 4)
+
+
+def test_a_compiled_step_that_computes_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_compiled, "BACKEND", "eager")
+    end = decode_compiled._end
+    monkeypatch.setattr(decode_compiled, "_COMPILED", {})
+
+    def wrong(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = end(model, hidden, tokens)
+        tokens.add_(1).remainder_(256)
+        return logits
+
+    monkeypatch.setattr(decode_compiled, "_end", wrong)
+    with pytest.raises(gates.GateError, match="its own logits do not explain"):
+        decode_compiled.check_compiled(CONFIG, device="cpu", dtype=torch.float32)
 
 
 def test_largest_batch_is_computed_from_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,11 +200,11 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plain_losses_are_one_loss_and_a_teacher_agrees_with_itself() -> None:
     """Before any step: both plain objectives give the same loss, and exact attention would have no divergence."""
-    bench = benchmark_train.TrainBench(TINY, CONFIG, "float32", 7, False, "cpu", 0.0, 0)
+    bench = benchmark_train.TrainBench(TINY, CONFIG, "float32", 7, "cpu", 0.0, 0)
     ids = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-    plain, chunked = (bench._objective(name)[0](ids) for name in ("plain", "plain_chunked"))
+    plain, chunked = (bench._objective(name, False)[0](ids) for name in ("plain", "plain_chunked"))
     torch.testing.assert_close(plain, chunked)
-    loss, student = bench._objective("distill")
+    loss, student, _ = bench._objective("distill", False)
     assert float(loss(ids).detach()) > 0
     for layer in student.model.layers:
         layer.self_attn.exact = True
@@ -247,7 +212,7 @@ def test_plain_losses_are_one_loss_and_a_teacher_agrees_with_itself() -> None:
 
 
 def test_work_of_a_training_step() -> None:
-    bench = benchmark_train.TrainBench(TINY, CONFIG, "float32", 7, False, "cpu", 0.0, 0)
+    bench = benchmark_train.TrainBench(TINY, CONFIG, "float32", 7, "cpu", 0.0, 0)
     sizes = bench.sizes(16, 32)
     plain = bench.work("plain", sizes).flops
     assert plain == 6 * bench.parameters * 32 + 2 * softmax_work(sizes, backward=True).flops
@@ -323,15 +288,18 @@ def test_the_command_hands_its_options_over(monkeypatch: pytest.MonkeyPatch, tmp
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------
 
+SMALL = ModelShape("small", 256, 384, 2, 4, 2, 64, 512)
+
 
 @pytest.mark.gpu
-def test_all_three_on_a_gpu() -> None:
-    found = benchmark_gpu.attention(
-        shapes=[(4, 2, 64)], lengths=(512,), tokens=2048, rivals=("cudnn", "flash"), seconds=0.01, device="cuda"
-    )
-    assert all(c["peak_ratio"] > 0 for c in found["cells"] if c["pass"] == "forward_backward" and "peak_ratio" in c)
-    small = ModelShape("small", 256, 384, 2, 4, 2, 64, 512)
-    decoded = benchmark_decode.decode(models=[small], contexts=(256,), batches=(2,), seconds=0.01, device="cuda")
-    assert any(c["side"] == "exact" and "milliseconds" in c for c in decoded["model"])
-    trained = benchmark_train.train(model=small, lengths=(256,), tokens=512, seconds=0.01, device="cuda")
-    assert trained["ratio"]["256"] > 0
+def test_decode_on_a_gpu() -> None:
+    # The largest batch would want the device for itself.
+    few: dict[str, Any] = {"contexts": (256,), "batches": (2,), "seconds": 0.01, "compile": False, "largest": False}
+    found = benchmark_decode.decode(models=[SMALL], **few, device="cuda")
+    assert any(c["side"] == "exact" and "milliseconds" in c for c in found["model"])
+
+
+@pytest.mark.gpu
+def test_train_on_a_gpu() -> None:
+    found = benchmark_train.train(model=SMALL, lengths=(256,), tokens=512, seconds=0.01, device="cuda")
+    assert found["ratio"]["256"] > 0
