@@ -145,7 +145,7 @@ def one_run(
     out: dict[str, Any] = {"settings": run, "seed": seed}
     model = copy.deepcopy(base) if run.get("softmax") else retrofitted(run, base, blocks, seed, out)
     recall, tasks = run.get("recall", False), run.get("tasks", False)
-    out["zero_shot"] = judge(model, recall=recall and seed == 0, tasks=False)
+    out["zero_shot"] = judge(model, recall=False, tasks=False)
     log(run["name"], "zero-shot", out["zero_shot"])
     steps = tokens // (rows * length)
     transfer = int(run.get("transfer", {}).get("share", 0) * steps)
@@ -185,7 +185,8 @@ def one_run(
     else:
         found = distill(
             model, teacher, part, schedule=run.get("schedule", "fixed"), chunk_size=16384 if on_gpu else 1024,
-            feature_learning_rate=run.get("feature_learning_rate"), **logits,
+            feature_learning_rate=run.get("feature_learning_rate"), cuda_graph=on_gpu and run.get("cuda_graph", True),
+            **logits,
         )  # fmt: skip
     out["losses"] = [line["loss"] for line in found["history"] if "loss" in line]
     out["milestones"] = milestones.found
@@ -250,6 +251,7 @@ def main() -> None:
     second.add_argument("--only", nargs="*", help="names of runs")
     second.add_argument("--seeds", nargs="*", type=int, default=[0])
     second.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    second.add_argument("--light", action="store_true", help="perplexity alone, whatever the runs ask for")
     second.add_argument("--no-teacher", action="store_true", help="judge no softmax model; another file has it")
     second.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after that")
     second.add_argument("--output")
@@ -271,6 +273,8 @@ def main() -> None:
         if missing:
             raise SystemExit(f"no run is called {', '.join(sorted(missing))}")
         runs = [run for run in runs if run["name"] in args.only]
+    if args.light:
+        runs = [run | {"recall": False, "tasks": False} for run in runs]
     base, tokenizer = load_smollm2()
     base.to(args.device)
     teacher = copy.deepcopy(base).to(torch.bfloat16).requires_grad_(False)

@@ -7,8 +7,8 @@ Whole optimizer steps, both sides with the same weights, tokens, optimizer (fuse
 fine-tuning uses the faster of PyTorch's exact attentions at each length and is measured with Transformers' own loss and
 with a loss in chunks; the faster one is what the ratio is taken to. Distillation is what `distillation.distill` does:
 the softmax teacher's forward, the student's forward and backward, the divergence of their logits in chunks. With
-`--compile` every objective is measured twice, as it is and with compiled decoder layers (`training.compilation`; the
-cross-entropy of a loss in chunks is compiled as well), and like is compared with like.
+`--compile` every objective is also measured with compiled decoder layers (`training.compilation`; the cross-entropy of
+a loss in chunks is compiled as well), and with these in a CUDA graph (`training.graphs`); like is compared with like.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import contextlib
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,8 @@ from ..surgery import retrofit
 from ..testing import random_feature_map
 from ..timing import choose_device, on_gpu, reason, release, time_calls
 from ..training.compilation import compiled_layers
-from ..training.distillation import chunked_losses
+from ..training.divergence import chunked_losses
+from ..training.graphs import WARM_UP, GraphedSteps, causal_alone
 from ..training.teacher import frozen_copy
 from .decode_sides import MODELS, ModelShape, build_model
 from .gates import GateError, check_attention
@@ -53,6 +54,7 @@ OBJECTIVES = {
     "distill": "retrofitted, distilled from the softmax model",
 }
 _PLAIN = ("plain", "plain_chunked")
+WAYS = {"eager": "", "compiled": ", compiled", "graph": ", compiled, CUDA graph"}
 
 
 def train(
@@ -86,7 +88,7 @@ def train(
     chunk_size : int
         Positions whose logits exist at once, where the loss is taken in chunks.
     compile : bool
-        Also measure every objective with compiled layers.
+        Also measure every objective with compiled layers, and on a GPU with these in a CUDA graph.
     device, seconds, seed, output, plot, quiet
         See `bench.attention.attention`.
 
@@ -94,9 +96,9 @@ def train(
     -------
     dict
         `cells`: `milliseconds` a step, `tokens_per_second`, `peak_bytes` (of everything), `flops` and `share` of the
-        measured products' ceiling, `loss`, `compiled`; or `missing`. `ratio`, and `ratio_compiled` where both sides
-        are: tokens per second of the distillation over the faster plain fine-tuning, by length. `attention`: the exact
-        backend used. `ceilings`, `gate`.
+        measured products' ceiling, `loss`, `way` (of `WAYS`); or `missing`. `ratio`: by way and length, tokens per
+        second of the distillation over the faster plain fine-tuning. `attention`: the exact backend used. `ceilings`,
+        `gate`.
 
     Raises
     ------
@@ -130,22 +132,21 @@ def train(
         "attention": {},
         "cells": [],
         "ratio": {},
-        "ratio_compiled": {},
     }
-    ways = (False, True) if compile else (False,)
+    ways = [way for way in WAYS if way == "eager" or (compile and (way != "graph" or on_gpu(device)))]
     with tqdm(total=len(lengths) * len(OBJECTIVES) * len(ways), desc="train", file=sys.stderr, leave=False) as bar:
-        for length, compiled in itertools.product(lengths, ways):
+        for length, way in itertools.product(lengths, ways):
             backend = bench.fastest_backend(length, tokens)
             result["attention"][length] = backend
             found = {}
             for objective in OBJECTIVES:
-                found[objective] = bench.cell(objective, length, tokens, backend, compiled)
+                found[objective] = bench.cell(objective, length, tokens, backend, way)
                 bar.update()
             result["cells"] += found.values()
             speeds = {n: c["tokens_per_second"] for n, c in found.items() if "tokens_per_second" in c}
             plain = [speeds[name] for name in _PLAIN if name in speeds]
             if plain and "distill" in speeds:
-                result["ratio_compiled" if compiled else "ratio"][length] = speeds["distill"] / max(plain)
+                result["ratio"].setdefault(way, {})[length] = speeds["distill"] / max(plain)
             if output is not None:
                 # A run that is cut off leaves what it has.
                 write_json(Path(output), result | {"incomplete": True})
@@ -241,12 +242,12 @@ class TrainBench:
         release(self.device)
         return min(times, key=lambda name: times[name]) if times else "default"
 
-    def cell(self, objective: str, length: int, tokens: int, backend: str, compiled: bool) -> dict[str, Any]:
+    def cell(self, objective: str, length: int, tokens: int, backend: str, way: str) -> dict[str, Any]:
         """One objective at one length."""
         entry: dict[str, Any] = {"objective": objective, "length": length, "batch": max(tokens // length, 1)}
-        entry["compiled"] = compiled
+        entry["way"] = way
         try:
-            entry |= self._measure(objective, length, tokens, backend, compiled)
+            entry |= self._measure(objective, length, tokens, backend, way)
         except GateError:
             raise
         except RuntimeError as error:
@@ -254,24 +255,34 @@ class TrainBench:
         release(self.device)
         return entry
 
-    def _measure(self, objective: str, length: int, tokens: int, backend: str, compiled: bool) -> dict[str, Any]:
+    def _measure(self, objective: str, length: int, tokens: int, backend: str, way: str) -> dict[str, Any]:
         sizes = self.sizes(length, tokens)
         generator = torch.Generator().manual_seed(self.seed)
         batches = [
             torch.randint(3, self.shape.vocabulary, (sizes.batch, length), generator=generator).to(self.device)
             for _ in range(2)
         ]
+        compiled = way != "eager"
         loss_of, student, models = self._objective(objective, compiled)
         # A step small enough that random weights stay finite however many are taken.
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0, fused=on_gpu(self.device))
         losses: list[torch.Tensor] = []
         kind = torch.device(self.device).type
 
+        def gradients(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            alone = causal_alone(*models) if way == "graph" else contextlib.nullcontext()
+            with alone, torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
+                return loss_of(inputs["ids"])
+
+        steps = GraphedSteps(gradients, student) if way == "graph" else None
+
         def step(ids: torch.Tensor) -> None:
             with exact_backend(backend):
-                with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
-                    loss = loss_of(ids)
-                loss.backward()
+                if steps is None:
+                    loss = gradients({"ids": ids})
+                    loss.backward()
+                else:
+                    loss = steps({"ids": ids})
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
@@ -279,7 +290,8 @@ class TrainBench:
         if compiled:
             torch.compiler.reset()
         with compiled_layers(*models) if compiled else contextlib.nullcontext():
-            step(batches[0])  # compiles, and makes the optimizer's state
+            for _ in range(1 if steps is None else WARM_UP + 1):
+                step(batches[0])  # compiles, records, and makes the optimizer's state
             if on_gpu(self.device):
                 torch.cuda.reset_peak_memory_stats()
             timing = time_calls([partial(step, ids) for ids in batches], self.device, seconds=self.seconds, most=20)
@@ -290,7 +302,9 @@ class TrainBench:
         work = self.work(objective, sizes)
         found |= {"flops": work.flops, "share": self.ceilings.least_seconds(work) / timing.median}
         if on_gpu(self.device):
-            found["peak_bytes"] = torch.cuda.max_memory_allocated()
+            # What a graph works in is reserved for it, and counts as allocated only in part.
+            graphed = way == "graph"
+            found["peak_bytes"] = torch.cuda.max_memory_reserved() if graphed else torch.cuda.max_memory_allocated()
         return found
 
     def work(self, objective: str, sizes: Sizes) -> Work:
@@ -345,7 +359,7 @@ def by_objective(result: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]
     """Cells by what was measured, in words, and length."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for cell in result["cells"]:
-        name = OBJECTIVES[cell["objective"]] + (", compiled" if cell.get("compiled") else "")
+        name = OBJECTIVES[cell["objective"]] + WAYS[cell["way"]]
         found.setdefault(name, {})[cell["length"]] = cell
     return found
 
@@ -362,12 +376,12 @@ def render(result: dict[str, Any]) -> str:
                 figures += [figure(cell["flops"] / 1e12), f"{100 * cell['share']:.0f} %"]
             rows.append([objective, short(length), *figures])
     parts = [f"{result['model']}, {result['tokens']:,} tokens a step, {result['weights']} weights\n{aligned(rows, 1)}"]
-    for name, how in (("ratio", ""), ("ratio_compiled", ", both compiled")):
-        parts += [
-            f"L={short(int(n))}: distillation runs at {ratio:.2f} of the speed of the faster plain fine-tuning{how} "
-            f"(exact attention: {result['attention'][n]})"
-            for n, ratio in result.get(name, {}).items()
-        ]
+    parts += [
+        f"L={short(int(n))}: distillation runs at {ratio:.2f} of the speed of the faster plain fine-tuning{WAYS[way]} "
+        f"(exact attention: {result['attention'][n]})"
+        for way, ratios in result["ratio"].items()
+        for n, ratio in ratios.items()
+    ]
     return "\n\n".join(parts)
 
 

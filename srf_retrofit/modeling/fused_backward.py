@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .fused_call import SCAN_WARPS, Call, Sizes, carve, launcher, on_device, room_for, strides, unit_stride
+from .fused_call import Call, Sizes, carve, launcher, on_device, room_for, strides, unit_stride
 from .fused_forward import kept_sizes, slot_index_sizes
 
 try:
@@ -112,7 +112,7 @@ def backward(
                 lambda: {n: getattr(s, n) for n in ("G", "D", "DP", "W", "WP", "H", "HP", "PART")} | {"num_warps": 4},
             )  # fmt: skip
 
-        def state(of_slots: bool, parts: int) -> None:
+        def state(of_slots: bool, part: int, parts: int) -> None:
             tile = s.tiles["slots" if of_slots else "state"]
             launch(
                 f"state {of_slots}", state_kernel, (blocks * s.G * parts, 1, 1),
@@ -122,15 +122,15 @@ def backward(
                     *query_strides, *do_strides, *dk_strides, call.one_batch,
                 ),
                 lambda: common(
-                    R=s.R, M=s.M, MP=s.MP, HEADS=tile.heads, TILES=tile.rounds, H=s.H, HP=s.HP, PART=s.PART,
+                    R=s.R, M=s.M, MP=s.MP, HEADS=tile.heads, TILES=tile.rounds, H=s.H, HP=s.HP, PART=part,
                     PARTS=parts, OF_SLOTS=of_slots, LEARNED=s.LEARNED, **tile.options,
                 ),
             )  # fmt: skip
 
         if s.TAIL:
-            state(False, s.feature_parts)
+            state(False, s.state_part, -(-s.MP // s.state_part))
         if s.H:
-            state(True, s.slot_parts)
+            state(True, s.PART, s.slot_parts)
         if not s.TAIL:
             d_sum.zero_()
             d_mass.zero_()
@@ -166,7 +166,7 @@ def backward(
             )  # fmt: skip
 
         def scan() -> dict[str, Any]:
-            return {"G": s.G, "M": s.M, "D": s.D, "DP": s.DP, "MB": s.scan_step, "num_warps": SCAN_WARPS}
+            return {"G": s.G, "M": s.M, "D": s.D, "DP": s.DP, "MB": s.scan_step, "num_warps": 4}
 
         def walk_back() -> dict[str, Any]:
             return scan() | {"PARTS": s.scan_parts}

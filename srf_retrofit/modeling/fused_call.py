@@ -24,10 +24,6 @@ except ImportError:
     # The kernels are then not there either, see `fused_forward` and `fused_backward`.
     HAS_TRITON = False
 
-# For comparison: features that a program of a scan carries, and its warps.
-SCAN_STEP = int(os.environ.get("SRF_SCAN_STEP", "16"))
-SCAN_WARPS = int(os.environ.get("SRF_SCAN_WARPS", "4"))
-
 # Keys, features included, that a program takes at a time.
 PART = 64
 
@@ -74,13 +70,18 @@ class Sizes:
         return -(-self.MP // self.PART)
 
     @functools.cached_property
+    def state_part(self) -> int:
+        """Features that a program of the gradient of states takes; it fetches all queries for them."""
+        return min(2 * self.PART if self.DP > 64 else self.PART, self.MP)
+
+    @functools.cached_property
     def slot_parts(self) -> int:
         return -(-self.HP // self.PART) if self.H else 0
 
     @functools.cached_property
     def scan_step(self) -> int:
         """Features that one program of a scan carries."""
-        return min(SCAN_STEP, self.MP)
+        return min(16, self.MP)
 
     @functools.cached_property
     def scan_parts(self) -> int:
@@ -117,7 +118,8 @@ def launch_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
         "run": (64, 4),
         "attend": (128, 8) if wide and not s.PURE and s.R * s.WP > 64 else (64, 4),
         "query": plain,
-        "state": (64, 4),
+        # A group of four warps takes 64 features.
+        "state": (64, 4 * max(s.state_part // 64, 1)),
         "slots": (64, 4),
         "key": plain,
         "fold": (64, 8 if wide else 4),

@@ -25,6 +25,7 @@ from .triton_common import (
     add_weight_gradient,
     dot,
     less_half,
+    less_half_across,
     load_part,
     load_rows,
     load_rows_of_heads,
@@ -151,18 +152,18 @@ def query_kernel(
                     other = tl.load(half_norm + (G * R) * (blocks * W) + cell, mask=token >= 0, other=0.0)
                 for start in range(0, MP, FEATURES):
                     past = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
-                    a = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
+                    w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
+                    values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
+                    a = dot(x, tl.trans(w), PRECISION) * root
                     a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
                     a = less_half(a, half, other, start, M, FEATURES, LEARNED)
                     logits = a + past[None, :]
-                    values = load_part(mean + (block * G + g) * M * D, start, M, FEATURES, D, DP).to(OPERAND)
                     _, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
                     if PURE:
                         b = project(own_keys, key_weight, g, start, M, FEATURES, D, DP, PRECISION) * root
                         b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
                         b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
                         da += in_block_query_gradient(a, b, past, first, ls, d_own, WP, OPERAND, PRECISION)
-                    w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
                     dx += dot((da * root).to(w.dtype), w, PRECISION)
                     total += tl.sum(da, 1)
                     if LEARNED:
@@ -274,6 +275,7 @@ def state_kernel(
         start = part * FEATURES
         mass = load_vector(log_mass + (entry * G + g) * M, start, M, FEATURES, 0.0)
         shift = load_vector(bias + g * M, start, M, FEATURES, float("-inf")) + mass
+        w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
         d_mean = tl.zeros((FEATURES, DP), tl.float32)
         d_total = tl.zeros((FEATURES,), tl.float32)
         for tile in range(TILES):
@@ -289,10 +291,11 @@ def state_kernel(
                 other += tl.load(half_norm + (G * R) * (blocks * W) + cell, mask=token >= 0, other=0.0)
             ls += tl.load(half_norm + cell, mask=token >= 0, other=0.0)
             dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
-            logits = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root + shift[None, :]
-            p = tl.exp(less_half(logits, ls, other, start, M, FEATURES, LEARNED))
-            d_mean += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
-            d_total -= tl.sum(p * dl[:, None], 0)
+            # Features in lines: the next product has its operand in registers.
+            logits = dot(w, tl.trans(x), PRECISION) * root + shift[:, None]
+            p = tl.exp(less_half_across(logits, ls, other, start, M, FEATURES, LEARNED))
+            d_mean += dot(p.to(OPERAND), dy, PRECISION)
+            d_total -= tl.sum(p * dl[None, :], 1)
         # From mean values and log-masses to sums and masses, both over the mass.
         scale = tl.exp(load_vector(reference + (entry * G + g) * M, start, M, FEATURES, 0.0) - mass)
         here = (block * G + g) * M
@@ -375,15 +378,17 @@ def key_kernel(
         dy = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
         ls = tl.load(log_sum + at, mask=token >= 0, other=1e30)
         dl = tl.load(delta + at, mask=token >= 0, other=0.0)
-        visible = is_key[None, :] & (slot[None, :] <= place[:, None] + later * WP)
-        logits = dot(x, tl.trans(keys), PRECISION) * scaling
-        p = tl.exp(tl.where(visible, logits, float("-inf")) - ls[:, None])
-        d_logits = p * (dot(dy, tl.trans(values), PRECISION) - dl[:, None]) * scaling
+        # Keys in lines: the next products have their operands in registers.
+        visible = is_key[:, None] & (slot[:, None] <= place[None, :] + later * WP)
+        logits = dot(keys, tl.trans(x), PRECISION) * scaling
+        p = tl.exp(tl.where(visible, logits, float("-inf")) - ls[None, :])
+        d_logits = p * (dot(values, tl.trans(dy), PRECISION) - dl[None, :]) * scaling
         if LEARNED:
             top_at = tl.load(top_token + at, mask=token >= 0, other=-2)
             of_top = tl.load(d_top + at, mask=token >= 0, other=0.0)
-            d_logits = through_top(d_logits, tl.where(is_key, key_at, -1), top_at, of_top, scaling)
-        new_dk += dot(tl.trans(d_logits.to(OPERAND)), x, PRECISION)
-        new_dv += dot(tl.trans(p.to(OPERAND)), dy, PRECISION)
+            exact_at = tl.where(is_key, key_at, -1)
+            d_logits += tl.where(exact_at[:, None] == top_at[None, :], (of_top * scaling)[None, :], 0.0)
+        new_dv += dot(p.to(OPERAND), dy, PRECISION)
+        new_dk += dot(d_logits.to(OPERAND), x, PRECISION)
     store_rows(dk + batch * sgb + g * sgg, key_at, sgl, new_dk, D, DP)
     store_rows(dv + batch * sgb + g * sgg, key_at, sgl, new_dv, D, DP)

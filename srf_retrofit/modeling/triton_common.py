@@ -32,10 +32,6 @@ LOG_ZERO = tl.constexpr(-1e30)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
-# For comparison: programs of one head and part side by side, as before.
-APART = tl.constexpr(os.environ.get("SRF_PROGRAMS", "") == "apart")
-
-
 @triton.jit
 def program(G: tl.constexpr, PARTS: tl.constexpr):
     """The block (or run, or entry), head and part of a program, from a grid of all of them in one dimension.
@@ -44,9 +40,6 @@ def program(G: tl.constexpr, PARTS: tl.constexpr):
     cache, and the heads of a token, which lie side by side in memory, are read at about the same time.
     """
     i = tl.program_id(0)
-    if APART:
-        blocks = tl.num_programs(0) // (G * PARTS)
-        return (i % blocks).to(tl.int64), i // blocks % G, i // (blocks * G)
     return (i // (G * PARTS)).to(tl.int64), i // PARTS % G, i % PARTS
 
 
@@ -144,6 +137,15 @@ def less_half(logs, half, other, start, M: tl.constexpr, SIZE: tl.constexpr, LEA
         second = start + tl.arange(0, SIZE) >= M // 2
         return logs - tl.where(second[None, :], other[:, None], half[:, None])
     return logs - half[:, None]
+
+
+@triton.jit
+def less_half_across(logs, half, other, start, M: tl.constexpr, SIZE: tl.constexpr, LEARNED: tl.constexpr):
+    """As `less_half`, for a tile with a line for every feature: (SIZE, N)."""
+    if LEARNED:
+        second = start + tl.arange(0, SIZE) >= M // 2
+        return logs - tl.where(second[:, None], other[None, :], half[None, :])
+    return logs - half[None, :]
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """The one-token step as a kernel launch, or two: `recurrent.attend_token`, with the state updated in place.
 
-One launch a layer, and one before it that projects the queries where there are many of them (`MANY_LINES`); on memory
-that never moves, without a look at any value on the host: they can be captured in a CUDA graph, for rows at different
-positions, inactive ones among them. Registered with PyTorch as `srf_retrofit::decode_step`, so that
-`torch.compile(fullgraph=True)` sees one opaque operator.
+One launch a layer, and one before it where there are many rows (`MANY`), that projects their queries and finds those
+that fold, to be served first; on memory that never moves, without a look at any value on the host: they can be captured
+in a CUDA graph, for rows at different positions, inactive ones among them. Registered with PyTorch as
+`srf_retrofit::decode_step`, so that `torch.compile(fullgraph=True)` sees one opaque operator.
 
 Bytes that a step must move, per row and key/value head of `D` dimensions, with `e` bytes a number of the model and `f`
 of the state's values, `p` tokens of the current block before this one, `R` query heads:
@@ -46,14 +46,14 @@ LARGEST_WINDOW = 128
 LARGEST_DIM = 256
 # Keys of a block that is folded, padded to powers of two: several times that must fit into shared memory.
 LARGEST_BLOCK_BYTES = 32768
-# From so many queries a key/value head on, they are projected by a launch of its own, `LINES` in a program: a layer of
-# 128 queries took 31.7 us with it and 29.9 without, one of 1,024 took 76 and 88 (one H100).
-MANY_LINES = 512
+# From so many rows times key/value heads on, queries are projected by a launch of its own, `LINES` in a program, that
+# also puts the rows into order: a layer of 256 took 31.7 us with it and 29.9 without, one of 2,048 took 76 and 88.
+MANY = 1024
 LINES = 64
-# Registers for three programs of four warps on a multiprocessor, which hides the loads of each behind others.
-SMALL = {"num_warps": 4, "maxnreg": 168}
-# Whether weights of the softmax, and means of values, count beyond the bits of half-precision operands.
-SPLIT = True
+# Registers for three programs of four warps on a multiprocessor, which hides the loads of each behind others, or four
+# where there are many programs: 56.1 and 52.2 us for 2,048 of them, 24.7 and 28.1 for 256 (all on one H100).
+REGISTERS = 168
+REGISTERS_OF_MANY = 128
 
 # Types of the operands of products.
 _OPERANDS = (
@@ -160,8 +160,8 @@ def _launch(*arguments: Any) -> torch.Tensor:
     if b == 0:
         return out
     dp = _power(d)
-    lines = b * (heads // g)
-    projected = use_tail and m > 0 and lines >= MANY_LINES
+    many = b * g >= MANY
+    projected = use_tail and m > 0 and many
     half = q.dtype != torch.float32
     # Rows of a matrix that are handled at a time: float32 products run without tensor cores and take more registers.
     tile = max(16, min(64, 4096 // dp)) if half else 16
@@ -178,23 +178,25 @@ def _launch(*arguments: Any) -> torch.Tensor:
         "OPERAND": _OPERANDS[torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype],
         "ROUNDED": rounded,
         "num_stages": 1,
-        "SPLIT": SPLIT,
-        **(SMALL if half and dp <= 64 and w <= 64 else {"num_warps": 8}),
+        "num_warps": 8,
     }  # fmt: skip
+    if half and dp <= 64 and w <= 64:
+        sizes |= {"num_warps": 4, "maxnreg": REGISTERS_OF_MANY if many else REGISTERS}
+    mask, mask_stride = (None, 0) if active is None else (active.view(torch.uint8), active.stride(0))
     query_logs = torch.empty((b, heads, m), dtype=torch.float32, device=q.device) if projected else None
+    order = torch.empty(b, dtype=torch.int32, device=q.device) if projected else None
     with torch.cuda.device_of(q):
         if projected:
-            names = ("G", "R", "D", "DP", "M", "MT", "NT", "OPERAND", "ROUNDED", "num_stages")
-            project_kernel[(-(-lines // LINES), g)](
-                q, query_logs, *maps[:4], scaling**0.5, lines, q.stride(0), q.stride(1),
+            names = ("G", "R", "D", "DP", "M", "MT", "NT", "W", "MASKED", "OPERAND", "ROUNDED", "num_stages")
+            project_kernel[(-(-b * (heads // g) // LINES) + 1, g)](
+                q, mask, state.length, query_logs, order, *maps[:4], scaling**0.5,
+                b, q.stride(0), q.stride(1), mask_stride,
                 LINES=_power(LINES), MATRIX=sizes["QUERY_MATRIX"], SHIFT=sizes["QUERY_SHIFT"], num_warps=4,
                 **{n: sizes[n] for n in names},
             )  # fmt: skip
-        decode_kernel[(b, g)](
-            q, k, v, out, None if active is None else active.view(torch.uint8), query_logs, *state, *maps,
-            scaling, scaling**0.5,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            0 if active is None else active.stride(0), **sizes,
+        decode_kernel[(g, b) if projected else (b, g)](
+            q, k, v, out, mask, query_logs, order, *state, *maps, scaling, scaling**0.5,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_stride, **sizes,
         )  # fmt: skip
     return out
 

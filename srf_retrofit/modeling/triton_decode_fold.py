@@ -16,8 +16,6 @@ except ImportError:  # passed on: `triton_decode` reports it, and a loader that 
 from .triton_common import forecast_octaves, foreseen_level, priority_level, sort_keys
 
 LOG_ZERO = tl.constexpr(-1e30)
-# Coordinates of a key at a time, where a whole pool of them is held.
-FEW = tl.constexpr(16)
 # Places of a pool that are all compared with one another.
 COUNTED = tl.constexpr(128)
 
@@ -59,28 +57,15 @@ def dot_weight(x, weight, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def dot_value(p, value, out, OPERAND: tl.constexpr, SPLIT: tl.constexpr):
-    """`out + p @ value` of float32 weights in 0..1 (N, K) and values (K, DP).
-
-    To 16 bits or more of each, or, unless `SPLIT`, to those of the operands' type.
-    """
+def dot_value(p, value, out, OPERAND: tl.constexpr):
+    """`out + p @ value` of float32 weights in 0..1 (N, K), to 16 bits or more of each, and exact values (K, DP)."""
+    value = value.to(OPERAND)
     if OPERAND == tl.float32:  # noqa: SIM300
-        out = tl.dot(p, value.to(tl.float32), out, input_precision="ieee")
-    elif not SPLIT:
-        out = tl.dot(p.to(OPERAND), value.to(OPERAND), out)
+        out = tl.dot(p, value, out, input_precision="ieee")
     else:
         leading = p.to(OPERAND)
-        rest = (p - leading.to(tl.float32)).to(OPERAND)
-        if value.dtype == OPERAND:
-            out = tl.dot(rest, value, out)
-            out = tl.dot(leading, value, out)
-        else:
-            value = value.to(tl.float32)
-            high = value.to(OPERAND)
-            low = (value - high.to(tl.float32)).to(OPERAND)
-            out = tl.dot(leading, low, out)
-            out = tl.dot(rest, high, out)
-            out = tl.dot(leading, high, out)
+        out = tl.dot((p - leading.to(tl.float32)).to(OPERAND), value, out)
+        out = tl.dot(leading, value, out)
     return out
 
 
@@ -119,17 +104,18 @@ def fold_keys(
     for m0 in range(0, M, MT):
         m = m0 + tl.arange(0, MT)
         here = m < M
-        log_key = dot_weight(key, load_rows(weight, m, here, D, DP), ROUNDED) * root
-        log_key += tl.load(bias + m, mask=here, other=0.0)[None, :] - half[:, None]
-        log_key = tl.trans(tl.where(leaves[:, None], log_key, float("-inf")))  # (MT, EP)
+        # All loads first: products have barriers, which later ones could not overtake.
         mean = load_rows(kv_mean, m, here, D, DP).to(tl.float32)
         mass = tl.load(k_sum + m, mask=here, other=0.0)
         before = tl.maximum(tl.load(k_max + m, mask=here, other=0.0), LOG_ZERO)
+        log_key = dot_weight(key, load_rows(weight, m, here, D, DP), ROUNDED) * root
+        log_key += tl.load(bias + m, mask=here, other=0.0)[None, :] - half[:, None]
+        log_key = tl.trans(tl.where(leaves[:, None], log_key, float("-inf")))  # (MT, EP)
         top = tl.maximum(before, tl.max(log_key, 1))
         feature = tl.exp(log_key - top[:, None])
         kept = mass * tl.exp(before - top)
         mass = kept + tl.sum(feature, 1)
-        total = dot_value(feature, value, mean * kept[:, None], OPERAND, True)
+        total = dot_value(feature, value, mean * kept[:, None], OPERAND)
         mean = total / tl.maximum(mass, 0.5)[:, None]
         tl.debug_barrier()
         store_rows(kv_mean, m, here, mean, D, DP)
@@ -164,17 +150,6 @@ def move_kept(
 
 
 @triton.jit
-def octaves_of(weight, window_key, window_value, slot, here, d0, FEW: tl.constexpr, D: tl.constexpr):
-    """The share of the coordinates `d0` to `d0 + FEW` in the forecast of the window's keys `slot` (POOL,)."""
-    d = d0 + tl.arange(0, FEW)
-    at = slot[:, None] * D + d[None, :]
-    mask = here[:, None] & (d < D)[None, :]
-    key = tl.load(window_key + at, mask=mask, other=0.0).to(tl.float32)
-    value = tl.load(window_value + at, mask=mask, other=0.0).to(tl.float32)
-    return forecast_octaves(weight, key, value, d, D)
-
-
-@triton.jit
 def finish_block(
     position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
     retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, foresight, root,
@@ -195,24 +170,30 @@ def finish_block(
     e = tl.arange(0, EP)
     tl.debug_barrier()  # the step has just written to window and priorities
     if H > 0:
+        if FORESIGHT:
+            # Computed key by key, then read again as a part of the pool.
+            key = load_rows(window_key, e, e < W, D, DP).to(tl.float32)
+            value = load_rows(window_value, e, e < W, D, DP).to(tl.float32)
+            octaves = forecast_octaves(foresight + 1, key, value, tl.arange(0, DP), D)
+            level = tl.load(window_priority + e, mask=e < W, other=float("-inf"))
+            level = foreseen_level(level, first // W, tl.load(foresight), octaves, FADE)
+            tl.debug_barrier()
+            tl.store(window_priority + e, level, mask=e < W)
+            tl.debug_barrier()
         i = tl.arange(0, POOL)
         slot = i - H
         arrives = (slot >= 0) & (slot < W) & (first + slot >= S)
         priority = tl.load(retained_priority + i, mask=i < H, other=float("-inf"))
         arriving = tl.load(window_priority + slot, mask=arrives, other=float("-inf"))
-        if FORESIGHT:
-            octaves = tl.zeros((POOL,), tl.float32)
-            for d0 in range(0, D, FEW):
-                octaves += octaves_of(foresight + 1, window_key, window_value, slot, arrives, d0, FEW, D)
-            arriving = foreseen_level(arriving, first // W, tl.load(foresight), octaves, FADE)
-        else:
+        if not FORESIGHT:
             arriving = priority_level(arriving, first // W, FADE)
         priority = tl.where(i < H, priority, arriving)
         rank = sort_keys(priority, tl.max(priority, 0), i)
         rank = tl.where(i < H + W, rank, -0x7FFFFFFF)
         if POOL <= COUNTED:
-            # Everyone against everyone: more comparisons than bisection takes, in one step where that takes 31.
-            stays = tl.sum((rank[None, :] > rank[:, None]).to(tl.int32), 1) < H
+            # Everyone against everyone: more comparisons than bisection takes, in one step where that takes 31. Summed
+            # over the first axis, which lies within threads.
+            stays = tl.sum((rank[:, None] > rank[None, :]).to(tl.int32), 0) < H
         else:
             # At least H places are >= low, fewer than H are >= high.
             low = 0
@@ -253,13 +234,13 @@ def finish_block(
 
     key = load_rows(window_key, W + e, e < W, D, DP)
     value = load_rows(window_value, W + e, e < W, D, DP)
+    if H > 0:
+        received = tl.load(window_priority + W + e, mask=e < W, other=float("-inf"))
     tl.debug_barrier()
     store_rows(window_key, e, e < W, key, D, DP)
     store_rows(window_value, e, e < W, value, D, DP)
     store_rows(window_key, W + e, e < W, tl.zeros((EP, DP), tl.float32), D, DP)
     store_rows(window_value, W + e, e < W, tl.zeros((EP, DP), tl.float32), D, DP)
     if H > 0:
-        received = tl.load(window_priority + W + e, mask=e < W, other=float("-inf"))
-        tl.debug_barrier()
         tl.store(window_priority + e, received, mask=e < W)
         tl.store(window_priority + W + e, tl.full((EP,), float("-inf"), tl.float32), mask=e < W)

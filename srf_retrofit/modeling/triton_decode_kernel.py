@@ -5,8 +5,9 @@ softmax tile by tile, each tile rescaling what came before (1805.02867). The til
 so that every product runs on tensor cores; the memory is what counts, and the padding costs none of it.
 
 Accuracy: exponents, maxima, sums and the softmax are float32. Half-precision queries and keys are exact operands of
-products; a projection or geometry is split into three matrices of their type, which hold all its bits, and weights and
-float32 values into two (16 bits of mantissa or more). With float32 inputs every product is IEEE float32.
+products; a projection or geometry is split into three matrices of their type, which hold all its bits. Weights of the
+softmax and mean values are rounded to that type before they are multiplied, as flash attention does; what is folded
+into the state is not (`triton_decode_fold.dot_value`). With float32 inputs every product is IEEE float32.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ try:
 except ImportError:  # see triton_decode_fold
     raise
 
-from .triton_decode_fold import LOG_ZERO, dot_value, dot_weight, finish_block, half_square, load_rows, store_rows
+from .triton_decode_fold import LOG_ZERO, dot_weight, finish_block, half_square, load_rows, store_rows
 
 # Below every logit, LOG_ZERO included, and finite: differences of two are numbers.
 LOWEST = tl.constexpr(-3e38)
+# Rows that are put into order at a time.
+ROWS = tl.constexpr(256)
 
 
 @triton.jit
@@ -32,14 +35,13 @@ def load_stream(base, row, here, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def add_tile(top, total, out, logits, value, OPERAND: tl.constexpr, SPLIT: tl.constexpr):
+def add_tile(top, total, out, logits, value, OPERAND: tl.constexpr):
     """Take further logits (RP, N) and their values (N, DP) into a running softmax: maximum, sum, weighted values."""
     highest = tl.maximum(top, tl.max(logits, 1))
     shrink = tl.exp(top - highest)
     p = tl.exp(logits - highest[:, None])
     total = total * shrink + tl.sum(p, 1)
-    out = out * shrink[:, None]
-    out = dot_value(p, value, out, OPERAND, SPLIT)
+    out = tl.dot(p.to(OPERAND), value.to(OPERAND), out * shrink[:, None], input_precision="ieee")
     return highest, total, out
 
 
@@ -73,19 +75,29 @@ def load_projected(base, start, R: tl.constexpr, RP: tl.constexpr, M: tl.constex
 
 
 @triton.jit
-def project_kernel(
-    q, out, weight, bias, norm_weight, norm_bias, root, lines, sqb, sqh,
+def order_rows(order, length, active, rows, sab, W: tl.constexpr, MASKED: tl.constexpr):
+    """The order in which rows are served: those whose block ends in this step from the front, the others behind."""
+    served = 0
+    for b0 in range(0, rows, ROWS):
+        b = b0 + tl.arange(0, ROWS)
+        here = b < rows
+        ends = here & (tl.load(length + b, mask=here, other=0).to(tl.int32) % max(W, 1) == W - 1)
+        if MASKED:
+            ends = ends & (tl.load(active + b * sab, mask=here, other=0) != 0)
+        count = served + tl.cumsum(ends.to(tl.int32), 0)  # rows whose block ends, up to and with each
+        tl.store(order + tl.where(ends, count - 1, rows - 1 - b + count), b, mask=here)
+        served += tl.sum(ends.to(tl.int32), 0)
+
+
+@triton.jit
+def project_lines(
+    q, out, weight, bias, norm_weight, norm_bias, root, first, lines, g, sqb, sqh,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MT: tl.constexpr,
     NT: tl.constexpr, LINES: tl.constexpr, MATRIX: tl.constexpr, SHIFT: tl.constexpr, OPERAND: tl.constexpr,
     ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Log-features (B, G, R, M) of the queries of many rows.
-
-    `LINES` queries of one key/value head share a program, and so the map, which every program of `decode_kernel` would
-    fetch and split for itself.
-    """
-    g = tl.program_id(1).to(tl.int64)
-    line, d = tl.program_id(0) * LINES + tl.arange(0, LINES), tl.arange(0, DP)
+    """Log-features of the queries `first` to `first + LINES` of head `g`, of `lines` in all."""
+    line, d = first + tl.arange(0, LINES), tl.arange(0, DP)
     here = line < lines
     b, r = (line // R).to(tl.int64), line % R
     at = q + b[:, None] * sqb + (g * R + r)[:, None] * sqh + d[None, :]
@@ -99,6 +111,28 @@ def project_kernel(
         logits = project_query(x, weight + g * (M * D), bias + g * M, half, root, m0, M, MT, D, DP, ROUNDED)
         to = out + ((b * G + g) * R + r)[:, None] * M + m[None, :]
         tl.store(to, logits, mask=here[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def project_kernel(
+    q, active, length, logs, order, weight, bias, norm_weight, norm_bias, root, rows, sqb, sqh, sab,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MT: tl.constexpr,
+    NT: tl.constexpr, W: tl.constexpr, LINES: tl.constexpr, MATRIX: tl.constexpr, SHIFT: tl.constexpr,
+    MASKED: tl.constexpr, OPERAND: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Log-features (B, G, R, M) of the queries of many rows, and the order (B,) in which they are served.
+
+    Grid (n + 1, G): `LINES` queries of one key/value head share a program, and so the map, which every program of
+    `decode_kernel` would fetch and split for itself; the last ones find the order, which is that of one of them.
+    """
+    first, g = tl.program_id(0) * LINES, tl.program_id(1).to(tl.int64)
+    if first < rows * R:
+        project_lines(
+            q, logs, weight, bias, norm_weight, norm_bias, root, first, rows * R, g, sqb, sqh,
+            G, R, D, DP, M, MT, NT, LINES, MATRIX, SHIFT, OPERAND, ROUNDED,
+        )  # fmt: skip
+    elif g == 0:
+        order_rows(order, length, active, rows, sab, W, MASKED)
 
 
 @triton.jit
@@ -139,7 +173,7 @@ def advance(length, position, is_active, G: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    q, k, v, out, active, query_logs,
+    q, k, v, out, active, query_logs, order,
     kv_mean, k_sum, k_max, window_key, window_value, window_priority, sink_key, sink_value,
     retained_key, retained_value, retained_priority, length,
     query_weight, query_bias, query_norm_weight, query_norm_bias,
@@ -151,13 +185,17 @@ def decode_kernel(
     MT: tl.constexpr, NT: tl.constexpr, FT: tl.constexpr,
     TAIL: tl.constexpr, PROJECTED: tl.constexpr, MASKED: tl.constexpr,
     QUERY_MATRIX: tl.constexpr, QUERY_SHIFT: tl.constexpr, KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr,
-    OPERAND: tl.constexpr, SPLIT: tl.constexpr, ROUNDED: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr,
+    OPERAND: tl.constexpr, ROUNDED: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B, G): rows of one head run side by side and share its feature map in the caches.
+    """Grid (B, G): rows of one head run side by side and share its feature map in the caches. Or, if `PROJECTED`,
+    (G, B): rows in the given order, so that those at the end of a block, which take longest, start first.
 
     Rows of the state are never read after they were written, but for the end of a block; see `finish_block`.
     """
-    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if PROJECTED:
+        b, g = tl.load(order + tl.program_id(1)).to(tl.int64), tl.program_id(0).to(tl.int64)
+    else:
+        b, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = b * G + g
     kv_mean += at * (M * D)
     k_sum += at * M
@@ -245,14 +283,14 @@ def decode_kernel(
     if S > 0:
         logits = tl.dot(x, tl.trans(sk.to(OPERAND)), input_precision="ieee") * scaling
         logits = tl.where(sink_seen[None, :], logits, float("-inf"))
-        top, total, o = add_tile(top, total, o, logits, sv, OPERAND, SPLIT)
+        top, total, o = add_tile(top, total, o, logits, sv, OPERAND)
         writes = d < tl.where(position < S, columns, 0)
         tl.store(sink_key + position * D + d, new_key, mask=writes)
         tl.store(sink_value + position * D + d, new_value, mask=writes)
     if W > 0:
         logits = tl.dot(x, tl.trans(wk.to(OPERAND)), input_precision="ieee") * scaling
         logits = tl.where(seen[None, :], logits, float("-inf"))
-        top, total, o = add_tile(top, total, o, logits, wv, OPERAND, SPLIT)
+        top, total, o = add_tile(top, total, o, logits, wv, OPERAND)
         tl.store(window_key + (W + phase) * D + d, new_key, mask=d < columns)
         tl.store(window_value + (W + phase) * D + d, new_value, mask=d < columns)
     if TAIL or (W == 0):
@@ -274,7 +312,7 @@ def decode_kernel(
                 next_rv = load_stream(retained_value, n, n < H, D, DP)
             logits_h = tl.dot(x, tl.trans(rk.to(OPERAND)), input_precision="ieee") * scaling
             logits_h = tl.where((rp > float("-inf"))[None, :], logits_h, float("-inf"))
-            top, total, o = add_tile(top, total, o, logits_h, rv, OPERAND, SPLIT)
+            top, total, o = add_tile(top, total, o, logits_h, rv, OPERAND)
             if H > HT:
                 rp, rk, rv = next_rp, next_rk, next_rv
 
@@ -315,7 +353,7 @@ def decode_kernel(
                 else:
                     logits_m = project_query(x, query_weight, query_bias, half, root, m0, M, MT, D, DP, ROUNDED)
                 logits_m += (mark + tl.log(tl.maximum(mass, 0.5)))[None, :]
-                top, total, o = add_tile(top, total, o, logits_m, stored, OPERAND, SPLIT)
+                top, total, o = add_tile(top, total, o, logits_m, stored, OPERAND)
             if M > MT:
                 stored, mass, mark = next_stored, next_mass, next_mark
     if not TAIL:
@@ -333,5 +371,5 @@ def decode_kernel(
                 position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
                 retained_key, retained_value, retained_priority,
                 key_weight, key_bias, key_norm_weight, key_norm_bias, foresight, root,
-                W, S, H, M, D, DP, EP, POOL, FT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, ROUNDED, FADE, FORESIGHT,
+                W, S, H, M, D, DP, EP, POOL, HT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, ROUNDED, FADE, FORESIGHT,
             )  # fmt: skip

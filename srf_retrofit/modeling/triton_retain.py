@@ -72,7 +72,11 @@ def priority_kernel(
     keys = load_rows(k, local, skl, D, DP, OPERAND)
     far = key_place[None, :] < (place - delay)[:, None]
     best = tl.full((2 * WP,), float("-inf"), tl.float32)
-    sinks = tl.arange(0, SP)
+    if SINKS > 0:
+        sinks = tl.arange(0, SP)
+        at = tl.load(sink_token + row * SINKS + sinks, mask=sinks < SINKS, other=-1)
+        sink_keys = tl.trans(load_rows(k, at, skl, D, DP, OPERAND))
+        seen = (at >= 0)[None, :] & (sinks[None, :] <= position + place[:, None])
     for tile in range((R + HEADS - 1) // HEADS):
         head = tile * HEADS + line // WP
         here = tl.where(head < R, token, -1)
@@ -81,9 +85,7 @@ def priority_kernel(
         logits = local_logits(x, keys, local, key_place, place, scaling, PRECISION)
         top = tl.maximum(tl.max(logits, 1), -1e30)
         if SINKS > 0:
-            at = tl.load(sink_token + row * SINKS + sinks, mask=sinks < SINKS, other=-1)
-            exact = dot(x, tl.trans(load_rows(k, at, skl, D, DP, OPERAND)), PRECISION) * scaling
-            seen = (at >= 0)[None, :] & (sinks[None, :] <= position + place[:, None])
+            exact = dot(x, sink_keys, PRECISION) * scaling
             exact = tl.where(seen, exact, float("-inf"))
             top = tl.maximum(top, tl.max(exact, 1))
             total = tl.sum(tl.exp(logits - top[:, None]), 1) + tl.sum(tl.exp(exact - top[:, None]), 1)

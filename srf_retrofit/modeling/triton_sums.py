@@ -22,13 +22,13 @@ from .triton_common import (
     dot,
     half_norm_of,
     less_half,
+    less_half_across,
     load_part,
     load_rows,
     load_vector,
     norm_gradient,
     of_second_half,
     program,
-    project,
     store_part,
     store_rows,
     store_vector,
@@ -95,9 +95,19 @@ def run_kernel(
         total = tl.zeros((FEATURES, DP), tl.float32)
         mass = tl.zeros((FEATURES,), tl.float32)
         top = tl.full((FEATURES,), LOG_ZERO, tl.float32)
+    w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
+    shift = load_vector(bias + g * M, start, M, FEATURES, 0.0)
     for i in range(count):
         block = (first + i).to(tl.int64)
         entry = block + row
+        # Asked for before anything is written or computed, so that what comes next need not wait.
+        token = folded_tokens(
+            entry, block, g, key_token, key_position, fold_token, block_full, G, W, WP, SINKS, RETAINED, PURE
+        )
+        x = load_rows(k, token, skl, D, DP, OPERAND)
+        y = load_rows(v, token, svl, D, DP, OPERAND)
+        half = tl.load(key_half + token, mask=token >= 0, other=0.0)
+        other = tl.load(key_half + one_half + token, mask=token >= 0, other=0.0) if LEARNED else half
         if WRITE:
             safe = tl.maximum(mass, 0.5)
             here = (block * G + g) * M
@@ -105,22 +115,15 @@ def run_kernel(
             here = (entry * G + g) * M
             store_vector(log_mass + here, start, top + tl.log(safe), M, FEATURES)
             store_vector(reference + here, start, top, M, FEATURES)
-        token = folded_tokens(
-            entry, block, g, key_token, key_position, fold_token, block_full, G, W, WP, SINKS, RETAINED, PURE
-        )
-        x = load_rows(k, token, skl, D, DP, OPERAND)
-        half = tl.load(key_half + token, mask=token >= 0, other=0.0)
-        other = tl.load(key_half + one_half + token, mask=token >= 0, other=0.0) if LEARNED else half
-        b = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
-        b += load_vector(bias + g * M, start, M, FEATURES, 0.0)[None, :]
-        b = less_half(b, half, other, start, M, FEATURES, LEARNED)
-        b = tl.where((token >= 0)[:, None], b, float("-inf"))
-        above = tl.maximum(top, tl.max(b, 0))
-        feature = tl.exp(b - above[None, :])
+        # Features in lines: their sums are then taken inside a warp, and the next product has its operand in registers.
+        b = dot(w, tl.trans(x), PRECISION) * root + shift[:, None]
+        b = less_half_across(b, half, other, start, M, FEATURES, LEARNED)
+        b = tl.where((token >= 0)[None, :], b, float("-inf"))
+        above = tl.maximum(top, tl.max(b, 1))
+        feature = tl.exp(b - above[:, None])
         decay = tl.exp(top - above)
-        y = load_rows(v, token, svl, D, DP, OPERAND)
-        total = total * decay[:, None] + dot(tl.trans(feature.to(OPERAND)), y, PRECISION)
-        mass = mass * decay + tl.sum(feature, 0)
+        total = total * decay[:, None] + dot(feature.to(OPERAND), y, PRECISION)
+        mass = mass * decay + tl.sum(feature, 1)
         top = above
     if not WRITE:
         store_part(run_sum + place * D, start, total, M, FEATURES, D, DP)
@@ -153,6 +156,8 @@ def scan_kernel(
         new_total = tl.load(run_sum + at * D + grid, mask=inside, other=0.0)
         new_mass = tl.load(run_mass + at + f, mask=here, other=0.0)
         new_top = tl.load(run_max + at + f, mask=here, other=LOG_ZERO)
+        # Every warp asks for the maxima and one of them writes over them: not before all have read.
+        tl.debug_barrier()
         tl.store(run_sum + at * D + grid, total, mask=inside)
         tl.store(run_mass + at + f, mass, mask=here)
         tl.store(run_max + at + f, top, mask=here)
@@ -218,6 +223,7 @@ def scan_gradient_kernel(
         at = (run * G + g) * M
         new_total = tl.load(run_d_sum + at * D + grid, mask=inside, other=0.0)
         new_mass = tl.load(run_d_mass + at + f, mask=here, other=0.0)
+        tl.debug_barrier()  # as in `scan_kernel`
         tl.store(run_d_sum + at * D + grid, total, mask=inside)
         tl.store(run_d_mass + at + f, mass, mask=here)
         # The sums before the run's first block, and those after its last, have these references.
@@ -308,14 +314,14 @@ def fold_gradient_kernel(
         # Padded features get a reference that no key reaches.
         above = load_vector(reference + ((entry + 1) * G + g) * M, start, M, FEATURES, 1e30)
         above -= load_vector(bias + g * M, start, M, FEATURES, 0.0)
-        b = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
-        feature = tl.exp(less_half(b, half, other, start, M, FEATURES, LEARNED) - above[None, :])
         at = (block * G + g) * M
+        w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
         grad = load_part(d_sum + at * D, start, M, FEATURES, D, DP).to(OPERAND)
         mass = load_vector(d_mass + at, start, M, FEATURES, 0.0)
+        b = dot(x, tl.trans(w), PRECISION) * root
+        feature = tl.exp(less_half(b, half, other, start, M, FEATURES, LEARNED) - above[None, :])
         dy += dot(feature.to(OPERAND), grad, PRECISION)
         d_log = feature * (dot(y, tl.trans(grad), PRECISION) + mass[None, :])
-        w = load_part(weight + g * M * D, start, M, FEATURES, D, DP)
         dx += dot((d_log * root).to(w.dtype), w, PRECISION)
         total += tl.sum(d_log, 1)
         if LEARNED:

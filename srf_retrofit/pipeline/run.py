@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # Settings that decide how a run is done, and not what comes of it: a resumed run may change them.
 CHANGEABLE = (
     "output", "overwrite", "resume", "device", "save_every", "report_to", "batch_size", "chunk_size",
-    "gradient_checkpointing", "compile",
+    "gradient_checkpointing", "compile", "cuda_graph",
 )  # fmt: skip
 
 

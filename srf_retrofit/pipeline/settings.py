@@ -97,6 +97,9 @@ class DistillSettings:
     gradient_checkpointing : bool
     compile : bool
         Whether the logit stage runs compiled layers, see `training.compilation`; not with gradient checkpointing.
+    cuda_graph : bool
+        Whether it replays its steps from a CUDA graph, see `training.graphs`; for rows without padding or boundaries,
+        one batch a step.
     save_every : int
         Optimizer steps between checkpoints inside a stage; 0 saves at the end of stages alone.
     report_to : {"none", "tensorboard"}
@@ -161,6 +164,7 @@ class DistillSettings:
     bf16: bool | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     save_every: int = 100
     report_to: str = "none"
     seed: int = 0
@@ -199,6 +203,13 @@ class DistillSettings:
     def _check_sizes(self) -> None:
         if self.compile and self.gradient_checkpointing:
             raise ValueError("compile and gradient_checkpointing exclude one another: leave one of them off")
+        if self.cuda_graph and self.tokens_per_step != self.length * self.batch_size:
+            raise ValueError(
+                f"cuda_graph cannot add gradients up: tokens_per_step={self.tokens_per_step} must be length x "
+                f"batch_size = {self.length} x {self.batch_size}"
+            )
+        if self.cuda_graph and self.boundaries != "cross":
+            raise ValueError(f"cuda_graph needs boundaries='cross', got {self.boundaries!r}")
         rows = self.length * self.batch_size
         if self.tokens_per_step % rows:
             raise ValueError(

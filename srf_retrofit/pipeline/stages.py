@@ -240,6 +240,7 @@ def _train(work: Work, number: int, name: str, *, first_row: int, steps: int, **
             batch_size=s.batch_size,
             gradient_accumulation_steps=s.accumulation,
             compile=s.compile,
+            cuda_graph=s.cuda_graph,
             bf16=s.bf16 if s.bf16 is not None else (None if _on_gpu(work) else False),
             save_steps=s.save_every or None,
             resume=again or False,

@@ -1,24 +1,22 @@
 """Teaching a retrofitted model what it knew before, from its teacher's logits.
 
-Shapes: `B` rows, `L` positions, `N` positions that predict something, `E` hidden size, `V` vocabulary.
+Shapes: `B` rows, `L` positions.
 
-With a vocabulary of 49,152 the logits of 4,096 tokens are 0.8 GB in float32, and a Kullback-Leibler divergence needs
-several tensors of that size. Here both models hand over hidden states instead, and their heads are applied to a chunk
-of positions at a time. The student's part happens inside its own forward, in the place of its head: wrappers that
-look after parameters there (DistributedDataParallel, autocast, PEFT) keep working.
+Both models hand over hidden states, and their heads are applied to a chunk of positions at a time (`divergence`). The
+student's part happens inside its own forward, in the place of its head: wrappers that look after parameters there
+(DistributedDataParallel, autocast, PEFT) keep working.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -26,69 +24,12 @@ from ..data.token_blocks import IGNORED
 from .attention_transfer import AttentionTransferTrainer
 from .callbacks import ResampleFeaturesCallback, ResampleSchedule, feature_modules
 from .compilation import compiled_layers
-from .divergence import divergence, log_softmax
+from .divergence import DEFAULT_CHUNK, chunked_losses
+from .graphs import GraphedSteps, causal_alone, check_batch, check_graphable
 from .guards import FiniteGradients
 from .teacher import TeacherTrainer, forward_replaced, training_only
 
-DEFAULT_CHUNK = 1024
-
-Head = Callable[[torch.Tensor], torch.Tensor]
-
-
-def chunked_losses(
-    student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    labels: torch.Tensor,
-    student_head: Head,
-    teacher_head: Head,
-    *,
-    temperature: float = 1.0,
-    cross_entropy: bool = False,
-    chunk_size: int = DEFAULT_CHUNK,
-) -> torch.Tensor:
-    """Sums over positions of `KL(teacher || student)` and, on request, of the cross-entropy with the labels.
-
-    `KL = sum_v p_v log(p_v / s_v)`, with `p` and `s` the softmax of teacher and student logits over `temperature`
-    (1503.02531, section 2, without its factor `temperature**2`). The cross-entropy is taken at temperature 1. At most
-    `chunk_size x V` logits of each model exist at any time, in the backward as well: with more than one chunk they are
-    computed again there.
-
-    Parameters
-    ----------
-    student_hidden : (N, E)
-        Differentiable.
-    teacher_hidden : (N, E')
-        No gradient flows into it.
-    labels : (N,) int64
-        The token after each position; read only for the cross-entropy.
-    student_head, teacher_head : callable
-        Hidden states (n, E) to logits (n, V), any floating dtype; the softmax is taken in at least float32.
-    temperature : float
-    cross_entropy : bool
-    chunk_size : int
-        Positions per chunk.
-
-    Returns
-    -------
-    (2,) float32 (float64 for float64 logits)
-        In nats; the second entry is 0 unless `cross_entropy`.
-    """
-
-    def losses(student_part: torch.Tensor, teacher_part: torch.Tensor, labels_part: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            teacher = teacher_head(teacher_part)
-        logits = student_head(student_part)
-        kl = divergence(logits, teacher, temperature)
-        if not cross_entropy:
-            return torch.stack([kl, torch.zeros_like(kl)])
-        return torch.stack([kl, functional.nll_loss(log_softmax(logits), labels_part, reduction="sum")])
-
-    if student_hidden.shape[0] <= chunk_size:
-        return losses(student_hidden, teacher_hidden, labels)
-    total: Any = 0
-    for parts in zip(*(t.split(chunk_size) for t in (student_hidden, teacher_hidden, labels)), strict=True):
-        total = total + checkpoint(losses, *parts, use_reentrant=False, preserve_rng_state=False)
-    return total
+_COUNT = "num_items_in_batch"
 
 
 class DistillationTrainer(TeacherTrainer):
@@ -108,11 +49,14 @@ class DistillationTrainer(TeacherTrainer):
         `w` in [0, 1]; above 0, `kl` and `ce` are logged beside `loss`, in nats per token.
     chunk_size : int
         Positions whose logits exist at once, see `chunked_losses`.
+    cuda_graph : bool
+        Replay forward and backward from a CUDA graph, see `graphs.GraphedSteps`: on one GPU, for batches of `input_ids`
+        and `labels` alone, without gradient accumulation.
 
     Raises
     ------
     ValueError
-        For values outside these ranges, and see `TeacherTrainer`.
+        For values outside these ranges, where a graph cannot be, and see `TeacherTrainer`.
     FloatingPointError
         From training, at the first step whose loss is not finite.
     """
@@ -126,6 +70,7 @@ class DistillationTrainer(TeacherTrainer):
         temperature: float = 1.0,
         cross_entropy_weight: float = 0.0,
         chunk_size: int = DEFAULT_CHUNK,
+        cuda_graph: bool = False,
         **kwargs: Any,
     ) -> None:
         if not temperature > 0:
@@ -138,20 +83,57 @@ class DistillationTrainer(TeacherTrainer):
         self.temperature, self.cross_entropy_weight, self.chunk_size = temperature, cross_entropy_weight, chunk_size
         # Sums of divergence, cross-entropy and tokens since the last log, by whether the model was training.
         self._sums = {mode: torch.zeros(3, device=self.args.device) for mode in (True, False)}
+        self._graphs: GraphedSteps | None = None
+        if cuda_graph:
+            check_graphable(self.args, self.accelerator.num_processes)
+            assert self.model is not None
+            self._graphs = GraphedSteps(self._graphable_loss, self.model)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in `Trainer`; from a graph, where there is one."""
+        if self._graphs is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        check_batch(inputs)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        if num_items_in_batch is not None:
+            inputs = {**inputs, _COUNT: torch.as_tensor(num_items_in_batch, device=self.args.device)}
+        loss = self._graphs(inputs)
+        inputs.pop(_COUNT, None)
+        inputs.pop("labels")
+        return self._checked(loss, {**inputs, "use_cache": False})
+
+    def _graphable_loss(self, inputs):
+        inputs = dict(inputs)
+        count = inputs.pop(_COUNT, None)
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        with causal_alone(student, self.teacher), self.compute_loss_context_manager():
+            return self._loss(self.model_wrapped, inputs, count, whole=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of one batch; see the class."""
+        loss = self._loss(model, inputs, num_items_in_batch, whole=False)
+        without = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        loss = self._checked(loss, {**without, "use_cache": False})
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _loss(self, model, inputs, num_items_in_batch, *, whole):
+        """The loss; with `whole` positions that do not count are weighed by 0, since picking others asks the device."""
         inputs = {**inputs, "use_cache": False}
         labels = next_labels(inputs)
         chosen = labels != IGNORED
-        labels = labels[chosen]
+
+        def pick(x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(0, 1) if whole else x[chosen]
+
+        labels = pick(labels)
 
         # Without its head, the teacher returns hidden states where logits would be.
         teacher_head = self.teacher.get_output_embeddings()
         with (
             torch.no_grad(),
             self.accelerator.autocast(),
-            forward_replaced(teacher_head, lambda hidden: hidden[chosen]),
+            forward_replaced(teacher_head, pick),
         ):
             teacher_hidden = self.teacher(**inputs).logits
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
@@ -159,7 +141,7 @@ class DistillationTrainer(TeacherTrainer):
 
         def losses(hidden: torch.Tensor) -> torch.Tensor:
             return chunked_losses(
-                hidden[chosen],
+                pick(hidden),
                 teacher_hidden,
                 labels,
                 student_head,
@@ -167,6 +149,7 @@ class DistillationTrainer(TeacherTrainer):
                 temperature=self.temperature,
                 cross_entropy=self.cross_entropy_weight > 0,
                 chunk_size=self.chunk_size,
+                weight=chosen.flatten().float() if whole else None,
             )
 
         with forward_replaced(head, losses):
@@ -180,8 +163,7 @@ class DistillationTrainer(TeacherTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is that of all processes, whose gradients will be averaged.
             loss = loss * self.accelerator.num_processes
-        loss = self._checked(loss, inputs)
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Count the positions that the loss counts, also where a collator leaves labels on padding."""
@@ -245,6 +227,7 @@ def distill(
     chunk_size: int = DEFAULT_CHUNK,
     bf16: bool | None = None,
     compile: bool = False,
+    cuda_graph: bool = False,
     save_steps: int | None = None,
     resume: bool | str | Path = False,
     seed: int = 0,
@@ -289,6 +272,8 @@ def distill(
     compile : bool
         Compile the decoder layers of both models, see `compilation.compiled_layers`: on a GPU steps take less time, and
         the first one some half a minute more. Logits only: attention is matched by hooks inside the layers.
+    cuda_graph : bool
+        See `DistillationTrainer`; logits only.
     resume : bool or path
         Continue from the last checkpoint in `output_dir`, or from this one.
     data_collator, eval_dataset, **arguments
@@ -355,6 +340,7 @@ def distill(
                 temperature=temperature,
                 cross_entropy_weight=cross_entropy_weight,
                 chunk_size=chunk_size,
+                cuda_graph=cuda_graph,
                 **common,
             )
         if not progress:

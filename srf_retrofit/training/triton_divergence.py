@@ -61,16 +61,19 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    student, teacher, student_lse, teacher_lse, d_kl, d_student, student_stride, teacher_stride, d_stride, scale, V,
-    BLOCK: tl.constexpr,
+    student, teacher, student_lse, teacher_lse, weight, d_kl, d_student, student_stride, teacher_stride, d_stride,
+    scale, V, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the student's logits, `scale d_kl (s_v - p_v)`, a block of a row."""
+    """Gradient of the student's logits, `scale weight d_kl (s_v - p_v)`, a block of a row."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < V
     s = tl.load(student + row * student_stride + column, mask=inside, other=float("-inf")).to(tl.float32) * scale
     t = tl.load(teacher + row * teacher_stride + column, mask=inside, other=float("-inf")).to(tl.float32) * scale
     difference = tl.exp(s - tl.load(student_lse + row)) - tl.exp(t - tl.load(teacher_lse + row))
-    grad = difference * (scale * tl.load(d_kl))
+    factor = scale * tl.load(d_kl)
+    if WEIGHTED:
+        factor *= tl.load(weight + row)
+    grad = difference * factor
     tl.store(d_student + row * d_stride + column, grad.to(d_student.dtype.element_ty), mask=inside)
 
 
@@ -78,7 +81,9 @@ class FusedDivergence(torch.autograd.Function):
     """`sum KL(teacher || student)` of logits (N, V), differentiable in the student's; see `divergence`."""
 
     @staticmethod
-    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    def forward(
+        ctx, student: torch.Tensor, teacher: torch.Tensor, temperature: float, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
         n, v = student.shape
         student, teacher = _rows(student), _rows(teacher)
         kl, student_lse, teacher_lse = student.new_empty(3, n, dtype=torch.float32)
@@ -87,23 +92,24 @@ class FusedDivergence(torch.autograd.Function):
                 student, teacher, kl, student_lse, teacher_lse, student.stride(0), teacher.stride(0), 1 / temperature,
                 v, BLOCK=min(_BLOCK, triton.next_power_of_2(v)), num_warps=_WARPS,
             )  # fmt: skip
-        ctx.save_for_backward(student, teacher, student_lse, teacher_lse)
+        ctx.save_for_backward(student, teacher, student_lse, teacher_lse, weight)
         ctx.temperature = temperature
-        return kl.sum()
+        return kl.sum() if weight is None else (kl * weight).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_kl: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        student, teacher, student_lse, teacher_lse = ctx.saved_tensors
+    def backward(ctx, d_kl: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        student, teacher, student_lse, teacher_lse, weight = ctx.saved_tensors
         n, v = student.shape
         grad = torch.empty((n, v), dtype=student.dtype, device=student.device)
         block = min(_BLOCK, triton.next_power_of_2(v))
         if n:
             backward_kernel[(n, triton.cdiv(v, block))](
-                student, teacher, student_lse, teacher_lse, d_kl.contiguous(), grad, student.stride(0),
-                teacher.stride(0), grad.stride(0), 1 / ctx.temperature, v, BLOCK=block, num_warps=_WARPS,
+                student, teacher, student_lse, teacher_lse, weight, d_kl.contiguous(), grad, student.stride(0),
+                teacher.stride(0), grad.stride(0), 1 / ctx.temperature, v, BLOCK=block, WEIGHTED=weight is not None,
+                num_warps=_WARPS,
             )  # fmt: skip
-        return grad, None, None
+        return grad, None, None, None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

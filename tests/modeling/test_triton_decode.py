@@ -11,7 +11,7 @@ import pytest
 import torch
 from core_inputs import assert_states_close
 
-from srf_retrofit.modeling import triton_decode, triton_decode_fold
+from srf_retrofit.modeling import triton_decode, triton_decode_fold, triton_decode_kernel
 from srf_retrofit.modeling.configuration import SRFConfig
 from srf_retrofit.modeling.feature_map import FoldedMap, round_weights
 from srf_retrofit.modeling.ops import fold
@@ -96,12 +96,25 @@ def test_every_step_equals_the_recurrent_one(mode, sizes) -> None:
 
 
 @pytest.mark.parametrize(("mode", "sizes"), [CASES[i] for i in (0, 3, 4, 5)], ids=str)
-def test_many_rows_have_their_queries_projected_together(mode, sizes, monkeypatch) -> None:
+def test_many_rows_are_projected_together_and_served_in_order(mode, sizes, monkeypatch) -> None:
     monkeypatch.setattr(triton_decode, "LINES", 2)
-    monkeypatch.setattr(triton_decode, "MANY_LINES", 2)
+    monkeypatch.setattr(triton_decode, "MANY", 2)
+    monkeypatch.setattr(triton_decode_kernel, "ROWS", triton_decode_kernel.tl.constexpr(4))
     layer = Layer(mode, **(sizes | {"rows": 7}))
     for step in range(mode[0] + 2):
         layer.check(*layer.token(), torch.tensor([True, step % 3 != 1, True, True, step % 2 == 0, True, True]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_whose_block_ends_come_first(masked, monkeypatch) -> None:
+    monkeypatch.setattr(triton_decode_kernel, "ROWS", triton_decode_kernel.tl.constexpr(4))
+    length = torch.tensor([3, 4, 7, 6, 11, 3, 0, 15, 2, 7])
+    active = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 0, 1], dtype=torch.uint8)
+    order = torch.full((10,), -1, dtype=torch.int32)
+    triton_decode_kernel.order_rows[(1,)](order, length, active, 10, 1, W=4, MASKED=masked)
+    assert sorted(order.tolist()) == list(range(10))
+    ends = {0, 4, 5, 7, 9} if masked else {0, 2, 4, 5, 7, 9}
+    assert set(order[: len(ends)].tolist()) == ends
 
 
 @pytest.mark.parametrize(
