@@ -317,7 +317,7 @@ def assert_close(
     assert torch.isfinite(actual).all(), f"{name}: {int((~torch.isfinite(actual)).sum())} entries are not finite"
     if not expected.numel():
         return
-    error = (actual.detach().double().cpu() - expected.detach().double()).abs().max().item()
+    error = (actual.detach().double().cpu() - expected.detach().double().cpu()).abs().max().item()
     scale = expected.detach().double().abs().max().item()
     assert error <= tolerance * max(scale, least_scale), f"{name}: error {error:.3e} on a scale of {scale:.3e}"
 

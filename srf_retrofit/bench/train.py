@@ -8,7 +8,7 @@ fine-tuning uses the faster of PyTorch's exact attentions at each length and is 
 with a loss in chunks; the faster one is what the ratio is taken to. Distillation is what `distillation.distill` does:
 the softmax teacher's forward, the student's forward and backward, the divergence of their logits in chunks. With
 `--compile` every objective is also measured with compiled decoder layers (`training.compilation`; the cross-entropy of
-a loss in chunks is compiled as well), and with these in a CUDA graph (`training.graphs`); like is compared with like.
+a loss in chunks is compiled as well) in a CUDA graph (`training.graphs`), and like is compared with like.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def train(
     chunk_size : int
         Positions whose logits exist at once, where the loss is taken in chunks.
     compile : bool
-        Also measure every objective with compiled layers, and on a GPU with these in a CUDA graph.
+        Also measure every objective with compiled layers, on a GPU in a CUDA graph.
     device, seconds, seed, output, plot, quiet
         See `bench.attention.attention`.
 
@@ -133,7 +133,7 @@ def train(
         "cells": [],
         "ratio": {},
     }
-    ways = [way for way in WAYS if way == "eager" or (compile and (way != "graph" or on_gpu(device)))]
+    ways = ["eager", "graph" if on_gpu(device) else "compiled"] if compile else ["eager"]
     with tqdm(total=len(lengths) * len(OBJECTIVES) * len(ways), desc="train", file=sys.stderr, leave=False) as bar:
         for length, way in itertools.product(lengths, ways):
             backend = bench.fastest_backend(length, tokens)

@@ -65,7 +65,8 @@ def backward(
     delta, d_sink_key, d_sink_value, d_mass, run_d_sum, run_d_mass, d_top = carve(
         q.new_empty(room_for(*scratch), dtype=torch.float32), *scratch
     )
-    d_sum = torch.empty_like(mean)
+    # Float32: of a key that makes up most of a feature this and `d_mass` cancel.
+    d_sum = torch.empty_like(mean, dtype=torch.float32)
     # With the strides of `dk`, which is dense.
     both = (dk.numel(), dk.numel())
     # Rows of keys that are never retained are neither written nor read; those of a state's slots are all read.

@@ -133,11 +133,10 @@ def _sizes(*fields: Any) -> Sizes:
 
 def sizes_of(q: torch.Tensor, k: torch.Tensor, features: int, ints: list[int]) -> Sizes:
     """Sizes of a call on q (B, H, L, D) and the pool k (B, G, E + L, D)."""
-    w, sinks, h, _, tail, fade, learned = ints
-    g, d = k.shape[1], q.shape[3]
-    return _sizes(
-        g, q.shape[1] // g, features, d, w or PURE_BLOCK, sinks, h, w == 0, bool(tail), PART, fade, bool(learned)
-    )
+    # Where `torch.compile` traces dynamic shapes these are symbols, and kernels are compiled for numbers.
+    w, sinks, h, _, tail, fade, learned = map(int, ints)
+    heads, g, d, m = map(int, (q.shape[1], k.shape[1], q.shape[3], features))
+    return _sizes(g, heads // g, m, d, w or PURE_BLOCK, sinks, h, w == 0, bool(tail), PART, fade, bool(learned))
 
 
 @functools.lru_cache(maxsize=256)

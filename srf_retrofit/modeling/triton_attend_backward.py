@@ -294,8 +294,10 @@ def state_kernel(
             # Features in lines: the next product has its operand in registers.
             logits = dot(w, tl.trans(x), PRECISION) * root + shift[:, None]
             p = tl.exp(less_half_across(logits, ls, other, start, M, FEATURES, LEARNED))
-            d_mean += dot(p.to(OPERAND), dy, PRECISION)
-            d_total -= tl.sum(p * dl[None, :], 1)
+            # Rounded in both, since the two cancel for a key that makes up most of a feature.
+            p = p.to(OPERAND)
+            d_mean += dot(p, dy, PRECISION)
+            d_total -= tl.sum(p.to(tl.float32) * dl[None, :], 1)
         # From mean values and log-masses to sums and masses, both over the mass.
         scale = tl.exp(load_vector(reference + (entry * G + g) * M, start, M, FEATURES, 0.0) - mass)
         here = (block * G + g) * M

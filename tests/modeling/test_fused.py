@@ -200,6 +200,23 @@ def test_a_compiled_graph_holds_the_kernels_as_one_operator():
         assert_close(mine.cpu(), theirs.double().cpu(), 1e-5)
 
 
+@pytest.mark.parametrize("mode", [(8, 2, 3), (0, 0, 0)], ids=str)
+def test_a_compiled_graph_serves_any_length(mode):
+    config, maps = config_of(*mode), fold(random_feature_map(1, 16, 16).to(DEVICE))
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def run(q, k, v):
+        return srf_attention(q, k, v, maps, config, backend="triton")[0]
+
+    for length in (20, 27):
+        xs = tensors(length)
+        o, plain = run(*xs), srf_attention(*xs, maps, config, backend="triton")[0]
+        assert_close(o.cpu(), plain.detach().double().cpu(), 1e-6)
+        grads, rights = (torch.autograd.grad(x.square().sum(), xs) for x in (o, plain))
+        for mine, theirs in zip(grads, rights, strict=True):
+            assert_close(mine.cpu(), theirs.double().cpu(), 1e-5)
+
+
 @torch.no_grad()
 def test_a_step_overwrites_the_state_only_when_told_to():
     config, maps = config_of(8, 2, 3), random_feature_map(1, 16, 16).to(DEVICE)
