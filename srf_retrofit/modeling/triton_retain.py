@@ -257,9 +257,9 @@ def rank_scan_kernel(
     kept = tl.full((HP,), -1, tl.int32)
     held = tl.full((HP,), float("-inf"), tl.float32)
     if START:
-        at = (row * G + g) * H + slot
-        kept = tl.load(start_token + at, mask=here, other=-1)
-        held = tl.load(start_slot_priority + at, mask=here, other=float("-inf"))
+        begun = (row * G + g) * H + slot
+        kept = tl.load(start_token + begun, mask=here, other=-1)
+        held = tl.load(start_slot_priority + begun, mask=here, other=float("-inf"))
     low, high = tl.load(row_run + row), tl.load(row_run + row + 1)
     entry = tl.load(row_block + row) + row
     tl.store(slot_token + (entry * G + g) * H + slot, kept, mask=here)
