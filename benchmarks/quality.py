@@ -218,13 +218,13 @@ def fine_tune(model: Any, data: TokenBlocks, *, compile: bool, **given: Any) -> 
 
 
 def merge(output: str, parts: list[str]) -> None:
-    """Runs that were made apart as one file; each keeps the name of its device."""
+    """Runs that were made apart as one file; each keeps its device and commit."""
     whole: dict[str, Any] = {}
     for path in parts:
         part = json.loads(Path(path).read_text())
         for runs in part["runs"].values():
             for run in runs:
-                run["device"] = part["environment"]["device"]
+                run |= {name: part["environment"][name] for name in ("device", "commit")}
         if not whole:
             whole = part
             continue

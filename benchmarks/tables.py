@@ -81,7 +81,8 @@ def milliseconds(cell: dict[str, Any] | None) -> str:
 def attention_gpu_table() -> str:
     """Milliseconds of attention, forward and backward, by shape, operator and length."""
     results = load("attention-gpu")
-    lengths = sorted({cell["length"] for cell in results["cells"]})
+    # Lengths that were not reached have no column.
+    lengths = sorted({cell["length"] for cell in results["cells"] if "milliseconds" in cell})
     operators = ("window", "retained", "cudnn", "fla", "fla_maps", "seed")
     rows = []
     for shape in dict.fromkeys(cell["shape"] for cell in results["cells"]):
@@ -103,7 +104,9 @@ def decode_gpu_table() -> str:
     rows = []
     for model, state in results["state"].items():
         for batch in benchmark_decode.batches_of(results, model):
-            for side, cells in benchmark_decode.by_side(results, model, batch).items():
+            sides = benchmark_decode.by_side(results, model, batch)
+            best = [side for side in ("ours_compiled", "exact_compiled") if side in sides]
+            for side, cells in ((side, sides[side]) for side in best or ("ours", "exact") if side in sides):
                 if any("milliseconds" in cell for cell in cells.values()):
                     title = f"{model}, batch {batch:,}: {benchmark_decode.SIDES[side]}"
                     rows.append([title, *(milliseconds(cells.get(n)) for n in contexts)])
@@ -144,7 +147,8 @@ def quality_table() -> str:
     for name, runs in (item for results in files for item in results["runs"].items()):
         for run in (run for run in runs if "trained" in run):
             trained = run["trained"]
-            state, millions = f"{trained['state']['kv_tokens']:.0f}", f"{run['tokens'] / 1e6:.1f}"
+            state = f"{trained['state']['kv_tokens']:.0f}" if trained["state"] else ""
+            millions = f"{run['tokens'] / 1e6:.1f}"
             rows.append([name, state, millions, *cells(run["zero_shot"])[:1], *cells(trained), *recall(trained)])
     # The best first; equal budgets stand together.
     rows.sort(key=lambda row: (-round(float(row[2])), float(row[4])))
