@@ -52,7 +52,15 @@ def test_tables_of_gpu_results(tables: Any, tmp_path: Path, monkeypatch: pytest.
             "environment": device,
             "model": "m",
             "tokens": 32768,
-            "cells": [{"objective": "distill", "length": 2048, "tokens_per_second": 123456.7, "peak_bytes": 2**31}],
+            "cells": [
+                {
+                    "objective": "distill",
+                    "way": "eager",
+                    "length": 2048,
+                    "tokens_per_second": 123456.7,
+                    "peak_bytes": 2**31,
+                }
+            ],
         },
     }
     markers = "\n".join(f"<!-- {name}: from benchmarks/results -->\n<!-- end {name} -->" for name in results)
