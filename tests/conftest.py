@@ -28,8 +28,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-# The fixtures of the tests that call the command line.
-pytest_plugins = ["shell"]
+# Fixtures: of the tests that call the command line, and of those of the fused kernels.
+pytest_plugins = ["shell", "fused_checks"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

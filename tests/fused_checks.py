@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from core_inputs import assert_states_close
 
+from srf_retrofit.modeling import block_tables, fused_call
 from srf_retrofit.modeling.configuration import SRFConfig
 from srf_retrofit.modeling.ops import fold, srf_attention
 from srf_retrofit.modeling.state import SRFState
@@ -14,6 +16,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIELDS = ("kv_mean", "k_sum", "window_key", "window_value", "sink_key", "sink_value", "retained_key", "retained_value")
 # What the interpreter does to bfloat16 is to cut it off, so that one step is worth twice what rounding would cost.
 BFLOAT16 = 1e-2 if DEVICE == "cuda" else 2.5e-2
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Several runs a row, and several parts of keys and features, even at the interpreter's sizes."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(block_tables, "RUN_TOKENS", 16)
+        monkeypatch.setattr(fused_call, "PART", 16)
+        block_tables._plain_tables.cache_clear()
+    yield
+    block_tables._plain_tables.cache_clear()
 
 
 def tolerance(dtype: torch.dtype) -> float:

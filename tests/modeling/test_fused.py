@@ -12,7 +12,6 @@ from core_inputs import assert_states_close
 from fused_checks import DEVICE, compare_plain, compare_rows, config_of, doubles, tensors
 
 from srf_retrofit import retrofit
-from srf_retrofit.modeling import block_tables, fused_call
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.configuration import SRFConfig
 from srf_retrofit.modeling.feature_map import FoldedMap, LinearFeatures, log_features
@@ -20,17 +19,7 @@ from srf_retrofit.modeling.ops import choose_backend, fold, srf_attention
 from srf_retrofit.modeling.state import SRFState
 from srf_retrofit.testing import assert_close, quadratic_attention, random_feature_map, tiny_llama
 
-
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch):
-    """Several runs a row, and several parts of keys and features, even at the interpreter's sizes."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(block_tables, "RUN_TOKENS", 16)
-        monkeypatch.setattr(fused_call, "PART", 16)
-        block_tables._plain_tables.cache_clear()
-    yield
-    block_tables._plain_tables.cache_clear()
-
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 PURE = (0, 2, 0)
 SMALL = [(8, 2, 3), (8, 0, 0), (5, 4, 0), (1, 0, 2), PURE]

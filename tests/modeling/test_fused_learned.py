@@ -6,25 +6,15 @@ import pytest
 import torch
 from core_inputs import assert_states_close
 
-from srf_retrofit.modeling import block_tables, fused_call
 from srf_retrofit.modeling.configuration import SRFConfig
 from srf_retrofit.modeling.learned_maps import LearnedMaps
 from srf_retrofit.modeling.ops import choose_backend, srf_attention
 from srf_retrofit.modeling.state import SRFState
 from srf_retrofit.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("small_parts")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch):
-    """Several runs a row, and several parts of keys and features, even at the interpreter's sizes."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(block_tables, "RUN_TOKENS", 16)
-        monkeypatch.setattr(fused_call, "PART", 16)
-        block_tables._plain_tables.cache_clear()
-    yield
-    block_tables._plain_tables.cache_clear()
 
 
 def config_of(window: int, sinks: int, retained: int, features: int = 24) -> SRFConfig:

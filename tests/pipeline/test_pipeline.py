@@ -365,6 +365,9 @@ def test_out_of_memory_names_what_to_lower(tmp_path, text) -> None:
         ({"lora_targets": (), "train": "lora"}, "lora_targets is empty"),
         ({"eval": EvalSettings(text="x")}, "eval.text is decided by the run"),
         ({"template": "poem"}, "template must be one of"),
+        ({"compile": True, "gradient_checkpointing": True}, "exclude one another"),
+        ({"cuda_graph": True}, "tokens_per_step=256 must be length x batch_size = 64 x 2"),
+        ({"cuda_graph": True, "batch_size": 4, "boundaries": "pad"}, "cuda_graph needs boundaries='cross'"),
         ({"settle": "freeze", "settle_share": 0.01}, "leaves one side without a step"),
     ],
 )

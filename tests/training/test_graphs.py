@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_llama
+from transformers import TrainingArguments
 
 from srf_retrofit import SRFConfig, retrofit
 from srf_retrofit.modeling.attention import srf_attentions
@@ -59,8 +60,6 @@ def test_positions_weighed_by_zero_are_positions_left_out(tmp_path: Any) -> None
     model = retrofit(tiny_llama(), CONFIG)
     teacher = frozen_copy(model)
     teacher.get_output_embeddings().weight.mul_(2)
-    from transformers import TrainingArguments
-
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     for weight, temperature in ((0.0, 1.0), (0.3, 2.0)):
         trainer = DistillationTrainer(
