@@ -8,8 +8,9 @@ Documents are shuffled by a fixed seed, joined by the end-of-text token and writ
 the same tokens in the same order. The teacher, and every model before and after training, is judged on the first
 98,304 tokens of the held-out text, in windows of 1,024 and 4,096, and by recall; the tasks are scored in full. Models
 are judged in bfloat16. `milestones` of a run are numbers of tokens after which perplexity is also taken: every budget
-of one schedule. `softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone does. The
-last line printed is JSON.
+of one schedule. `softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone does.
+`tuned: N` does that with the first N tokens, and retrofits and distils what comes out with the others: the tuned
+model is then the teacher. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import copy
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,40 +145,49 @@ def one_run(
     rows = run.get("tokens_per_step", 16384) // length
     blocks = TokenBlocks(stream[: len(stream) // length * length].view(-1, length))
     out: dict[str, Any] = {"settings": run, "seed": seed}
-    model = copy.deepcopy(base) if run.get("softmax") else retrofitted(run, base, blocks, seed, out)
-    recall, tasks = run.get("recall", False), run.get("tasks", False)
-    out["zero_shot"] = judge(model, recall=False, tasks=False)
-    log(run["name"], "zero-shot", out["zero_shot"])
-    steps = tokens // (rows * length)
-    transfer = int(run.get("transfer", {}).get("share", 0) * steps)
     on_gpu = base.device.type == "cuda"
     common: dict[str, Any] = {
         "batch_size": rows // run.get("accumulate", 1),
         "gradient_accumulation_steps": run.get("accumulate", 1),
-        "progress": False,
         "seed": seed,
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
         "use_cpu": not on_gpu,
     }
+    compiled = on_gpu and run.get("compile", True)
+    steps = tokens // (rows * length)
+    if run.get("tuned"):
+        first = run["tuned"] // (rows * length)
+        base = copy.deepcopy(base)
+        part = TokenBlocks(blocks.blocks[: first * rows])
+        fine_tune(base, part, steps=first, compile=compiled, learning_rate=1e-4, **common)
+        teacher = copy.deepcopy(base).to(torch.bfloat16)
+        blocks, steps = TokenBlocks(blocks.blocks[first * rows :]), steps - first
+        out["teacher"] = judge(base, recall=False, tasks=False)
+        log(run["name"], "teacher", out["teacher"])
+    model = copy.deepcopy(base) if run.get("softmax") else retrofitted(run, base, blocks, seed, out)
+    recall, tasks = run.get("recall", False), run.get("tasks", False)
+    out["zero_shot"] = judge(model, recall=False, tasks=False)
+    log(run["name"], "zero-shot", out["zero_shot"])
+    transfer = int(run.get("transfer", {}).get("share", 0) * steps)
     start = time.perf_counter()
     if transfer:
         part = TokenBlocks(blocks.blocks[: transfer * rows])
         rate = run["transfer"]["learning_rate"]
         found = distill(
             model, None, part, steps=transfer, output_dir="runs/quality", objective="attention",
-            learning_rate=rate, train=run["transfer"].get("train", "features"), **common,
+            learning_rate=rate, train=run["transfer"].get("train", "features"), progress=False, **common,
         )  # fmt: skip
         out["transfer"] = [line["loss"] for line in found["history"] if "loss" in line]
     part = TokenBlocks(blocks.blocks[transfer * rows : steps * rows])
-    after = {n // (rows * length) - transfer: n for n in run.get("milestones", []) if n < tokens}
+    before = tokens // (rows * length) - steps + transfer
+    after = {n // (rows * length) - before: n for n in run.get("milestones", []) if n < tokens}
     milestones = Milestones(after, model, judge, lambda stage, found: log(run["name"], stage, found))
     logits: dict[str, Any] = {
         "steps": steps - transfer,
-        "output_dir": "runs/quality",
         "learning_rate": run.get("learning_rate", 1e-4),
-        "compile": on_gpu and run.get("compile", True),
+        "compile": compiled,
         "callbacks": [milestones],
         **common,
     }
@@ -184,29 +195,33 @@ def one_run(
         found = fine_tune(model, part, **logits)
     else:
         found = distill(
-            model, teacher, part, schedule=run.get("schedule", "fixed"), chunk_size=16384 if on_gpu else 1024,
+            model, teacher, part, output_dir="runs/quality", schedule=run.get("schedule", "fixed"), progress=False,
+            cross_entropy_weight=run.get("cross_entropy_weight", 0.0), chunk_size=16384 if on_gpu else 1024,
             feature_learning_rate=run.get("feature_learning_rate"), cuda_graph=on_gpu and run.get("cuda_graph", True),
             **logits,
         )  # fmt: skip
     out["losses"] = [line["loss"] for line in found["history"] if "loss" in line]
     out["milestones"] = milestones.found
-    out["tokens"], out["seconds"] = steps * rows * length, time.perf_counter() - start - milestones.seconds
+    out["tokens"] = tokens // (rows * length) * rows * length
+    out["seconds"] = time.perf_counter() - start - milestones.seconds
     out["trained"] = judge(model, recall=recall, tasks=tasks)
     log(run["name"], f"after {out['tokens']:,} tokens in {out['seconds']:.0f} s", out["trained"])
     return out
 
 
-def fine_tune(model: Any, data: TokenBlocks, *, compile: bool, **given: Any) -> dict[str, Any]:
+def fine_tune(
+    model: Any, data: TokenBlocks, *, compile: bool, callbacks: Sequence[TrainerCallback] = (), **given: Any
+) -> dict[str, Any]:
     """Next-token training of a softmax model, in place, with the settings of a distillation; `distill`'s history."""
     rows, steps = given["batch_size"], given["steps"]
     args = TrainingArguments(
-        output_dir=given["output_dir"], max_steps=steps, learning_rate=given["learning_rate"],
+        output_dir="runs/quality", max_steps=steps, learning_rate=given["learning_rate"],
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.0,
         per_device_train_batch_size=rows, gradient_accumulation_steps=given["gradient_accumulation_steps"],
         bf16=not given["use_cpu"], save_strategy="no", report_to="none", disable_tqdm=True, seed=given["seed"],
         logging_steps=max(1, steps // 20), **{n: given[n] for n in ("adam_beta2", "max_grad_norm", "optim", "use_cpu")},
     )  # fmt: skip
-    trainer = Trainer(model, args, train_dataset=data, callbacks=given["callbacks"])
+    trainer = Trainer(model, args, train_dataset=data, callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)
     model.requires_grad_(True)
     with compiled_layers(model) if compile else contextlib.nullcontext():

@@ -65,8 +65,7 @@ def backward(
     delta, d_sink_key, d_sink_value, d_mass, run_d_sum, run_d_mass, d_top = carve(
         q.new_empty(room_for(*scratch), dtype=torch.float32), *scratch
     )
-    # Float32: of a key that makes up most of a feature this and `d_mass` cancel.
-    d_sum = torch.empty_like(mean, dtype=torch.float32)
+    d_sum = torch.empty_like(mean)
     # With the strides of `dk`, which is dense.
     both = (dk.numel(), dk.numel())
     # Rows of keys that are never retained are neither written nor read; those of a state's slots are all read.
@@ -119,7 +118,8 @@ def backward(
                 f"state {of_slots}", state_kernel, (blocks * s.G * parts, 1, 1),
                 (
                     q, k, v, do, t.block_row, t.query_token, slots, top_token, *call.query[:2], call.root,
-                    log_mass, reference, log_sum, half_norm, delta, d_top, d_sum, d_mass, *d_slots, scaling, blocks,
+                    mean, log_mass, reference, log_sum, half_norm, delta, d_top, d_sum, d_mass, *d_slots,
+                    scaling, blocks,
                     *query_strides, *do_strides, *dk_strides, call.one_batch,
                 ),
                 lambda: common(
@@ -172,8 +172,11 @@ def backward(
         def walk_back() -> dict[str, Any]:
             return scan() | {"PARTS": s.scan_parts}
 
-        walked = (t.run_table, t.block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass)
-        launch("run gradient", run_gradient_kernel, (runs * s.G * s.scan_parts, 1, 1), walked, walk_back)
+        own = d_sum, d_mass, run_d_sum, run_d_mass
+        launch(
+            "run gradient", run_gradient_kernel, (runs * s.G * s.scan_parts, 1, 1),
+            (t.run_table, t.block_row, reference, *own), walk_back,
+        )  # fmt: skip
         launch(
             "scan gradient", scan_gradient_kernel, (rows, s.G, s.scan_parts),
             (
@@ -182,7 +185,10 @@ def backward(
             ),
             lambda: scan() | {"END": end_d_sum is not None, "START": continues},
         )  # fmt: skip
-        launch("state gradient", state_gradient_kernel, (runs * s.G * s.scan_parts, 1, 1), walked, walk_back)
+        launch(
+            "state gradient", state_gradient_kernel, (runs * s.G * s.scan_parts, 1, 1),
+            (t.run_table, t.block_row, reference, mean, *own, blocks), walk_back,
+        )  # fmt: skip
         launch(
             "fold gradient", fold_gradient_kernel, (blocks * s.G, 1, 1),
             (

@@ -37,7 +37,7 @@ from .triton_common import (
     store_part,
     store_rows,
     store_rows_of_heads,
-    store_vector,
+    store_sum_gradient,
 )
 from .triton_pure import first_key, in_block_query_gradient
 from .triton_retain import local_keys, local_logits
@@ -255,7 +255,8 @@ def sink_kernel(
 @triton.jit
 def state_kernel(
     q, k, v, do, block_row, query_token, slot_token, top_token, weight, bias, root,
-    log_mass, reference, log_sum, half_norm, delta, d_top, d_sum, d_mass, d_slot_key, d_slot_value, scaling, blocks,
+    mean, log_mass, reference, log_sum, half_norm, delta, d_top, d_sum, d_mass, d_slot_key, d_slot_value,
+    scaling, blocks,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sdb, sdh, sdl, sgb, sgg, sgl, one_batch,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
@@ -301,8 +302,10 @@ def state_kernel(
         # From mean values and log-masses to sums and masses, both over the mass.
         scale = tl.exp(load_vector(reference + (entry * G + g) * M, start, M, FEATURES, 0.0) - mass)
         here = (block * G + g) * M
-        store_part(d_sum + here * D, start, d_mean * scale[:, None], M, FEATURES, D, DP)
-        store_vector(d_mass + here, start, d_total * scale, M, FEATURES)
+        values = load_part(mean + here * D, start, M, FEATURES, D, DP)
+        store_sum_gradient(
+            d_sum, d_mass, here, start, d_mean * scale[:, None], d_total * scale, values, M, FEATURES, D, DP
+        )
     else:
         SLOTS: tl.constexpr = min(PART, HP)
         at = load_vector(slot_token + (entry * G + g) * H, part * SLOTS, H, SLOTS, -1)

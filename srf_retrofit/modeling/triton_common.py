@@ -114,6 +114,23 @@ def store_vector(base, start, x, count: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def store_sum_gradient(
+    d_sum, d_mass, here, start, by_sum, by_mass, mean,
+    M: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of feature sums (SIZE, DP) and masses (SIZE,), the former perhaps as bfloat16.
+
+    A key's log-feature gets `v . d_sum + d_mass`, and the two cancel where the key makes up most of the feature: its
+    value is then about the feature's `mean`. So what rounding takes from `d_sum` goes, for that value, to `d_mass`.
+    """
+    kept = by_sum.to(d_sum.dtype.element_ty)
+    if d_sum.dtype.element_ty != tl.float32:
+        by_mass += tl.sum((by_sum - kept.to(tl.float32)) * mean.to(tl.float32), 1)
+    store_part(d_sum + here * D, start, kept, M, SIZE, D, DP)
+    store_vector(d_mass + here, start, by_mass, M, SIZE)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """`a @ b` in float32."""
     if INTERPRETED:

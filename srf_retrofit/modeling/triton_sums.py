@@ -31,6 +31,7 @@ from .triton_common import (
     program,
     store_part,
     store_rows,
+    store_sum_gradient,
     store_vector,
 )
 
@@ -242,7 +243,7 @@ def scan_gradient_kernel(
 
 @triton.jit
 def state_gradient_kernel(
-    run_table, block_row, reference, d_sum, d_mass, run_d_sum, run_d_mass,
+    run_table, block_row, reference, mean, d_sum, d_mass, run_d_sum, run_d_mass, blocks,
     G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MB: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Walk a run back and turn the gradient of the sums before each block, in place, into that of those after it.
@@ -260,6 +261,10 @@ def state_gradient_kernel(
     above = load_vector(reference + ((last + 1 + row) * G + g) * M, start, M, MB, 0.0)
     own = load_part(d_sum + (last * G + g) * M * D, start, M, MB, D, DP).to(tl.float32)
     own_mass = load_vector(d_mass + (last * G + g) * M, start, M, MB, 0.0)
+    # Mean values after the run: those before the next block, if the row has one.
+    after = tl.minimum(last + 1, blocks - 1)
+    after = tl.where(tl.load(block_row + after) == row, after, last)
+    values = load_part(mean + (after * G + g) * M * D, start, M, MB, D, DP)
     for back in range(count):
         block = last - back
         at = (block * G + g) * M
@@ -267,8 +272,8 @@ def state_gradient_kernel(
         ahead = (tl.maximum(block - 1, first) * G + g) * M
         next_own = load_part(d_sum + ahead * D, start, M, MB, D, DP).to(tl.float32)
         next_mass = load_vector(d_mass + ahead, start, M, MB, 0.0)
-        store_part(d_sum + at * D, start, total, M, MB, D, DP)
-        store_vector(d_mass + at, start, mass, M, MB)
+        next_values = load_part(mean + at * D, start, M, MB, D, DP)
+        store_sum_gradient(d_sum, d_mass, at, start, total, mass, values, M, MB, D, DP)
         below = load_vector(reference + ((block + row) * G + g) * M, start, M, MB, 0.0)
         decay = tl.exp(below - above)
         total = total * decay[:, None] + own
@@ -276,6 +281,7 @@ def state_gradient_kernel(
         above = below
         own = next_own
         own_mass = next_mass
+        values = next_values
 
 
 @triton.jit
