@@ -116,13 +116,13 @@ def launch_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
         # A single warp adds up without a barrier, and that is most of what ranking does.
         "rank": (64, 1 if s.HP <= 256 else 4),
         "run": (64, 4),
-        "attend": (128, 8) if wide and not s.PURE and s.R * s.WP > 64 else (64, 4),
+        "attend": (128, 8, 3) if wide and not s.PURE and s.R * s.WP > 64 else (64, 4),
         "query": plain,
         # A group of four warps takes 64 features.
         "state": (64, 4 * max(s.state_part // 64, 1)),
         "slots": (64, 4),
         "key": plain,
-        "fold": (64, 8 if wide else 4),
+        "fold": plain,
     }
 
 
