@@ -46,6 +46,7 @@ from srf_retrofit.pretrained import load_smollm2
 from srf_retrofit.tail_gain import calibrate_gain
 from srf_retrofit.training.compilation import compiled_layers
 from srf_retrofit.training.distillation import distill
+from srf_retrofit.training.release import release
 from srf_retrofit.training.settling import settle_features
 
 EVALUATED = 98_304
@@ -226,7 +227,7 @@ def fine_tune(
     model.requires_grad_(True)
     with compiled_layers(model) if compile else contextlib.nullcontext():
         trainer.train()
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    release(model)
     model.zero_grad(set_to_none=True)
     model.eval().requires_grad_(False)
     return {"history": trainer.state.log_history}

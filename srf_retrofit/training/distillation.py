@@ -27,6 +27,7 @@ from .compilation import compiled_layers
 from .divergence import DEFAULT_CHUNK, chunked_losses
 from .graphs import GraphedSteps, causal_alone, check_batch, check_graphable
 from .guards import FiniteGradients
+from .release import release
 from .teacher import TeacherTrainer, forward_replaced, training_only
 
 _COUNT = "num_items_in_batch"
@@ -354,7 +355,7 @@ def distill(
                 result = trainer.train(resume_from_checkpoint=again)
         finally:
             # Mixed precision leaves a wrapper around `model.forward`, the last step its gradients.
-            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            release(model)
             model.zero_grad(set_to_none=True)
             model.eval()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

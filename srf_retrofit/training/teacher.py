@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..modeling.attention import srf_attentions
 from .guards import divergence_message, first_not_finite
+from .release import release
 
 PARTS = ("all", "weights", "attention", "queries_keys", "features", "as_is")
 
@@ -118,6 +119,8 @@ class TeacherTrainer(Trainer):
             )
         teacher = frozen_copy(model) if teacher is None else teacher
         check_pair(teacher, model)
+        # Whatever trained it last: a prepared model would be taken as it is.
+        release(model)
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
