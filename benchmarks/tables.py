@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ def milliseconds(cell: dict[str, Any] | None) -> str:
     return figure(cell["milliseconds"]) if cell is not None and "milliseconds" in cell else "-"
 
 
-def attention_gpu_table() -> str:
+def attention_gpu_table(name: str = "attention-gpu") -> str:
     """Milliseconds of attention, forward and backward, by shape, operator and length."""
-    results = load("attention-gpu")
+    results = load(name)
     # Lengths that were not reached have no column.
     lengths = sorted({cell["length"] for cell in results["cells"] if "milliseconds" in cell})
     operators = ("window", "retained", "cudnn", "fla", "fla_maps", "seed")
@@ -165,6 +166,7 @@ PICTURES: dict[str, Any] = {
 }
 GPU_BLOCKS = {
     "attention-gpu": attention_gpu_table,
+    "attention-gpu-rivals": partial(attention_gpu_table, "attention-gpu-rivals"),
     "decode-gpu": decode_gpu_table,
     "train-gpu": train_gpu_table,
     "quality-gpu": quality_table,
