@@ -16,20 +16,17 @@ model is then the teacher. The last line printed is JSON.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import random
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainerCallback
 
 from srf_retrofit import SRFConfig, calibrate, retrofit
 from srf_retrofit.bench.measurement import environment
@@ -44,9 +41,7 @@ from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import SRFFeatures
 from srf_retrofit.pretrained import load_smollm2
 from srf_retrofit.tail_gain import calibrate_gain
-from srf_retrofit.training.compilation import compiled_layers
 from srf_retrofit.training.distillation import distill
-from srf_retrofit.training.release import release
 from srf_retrofit.training.settling import settle_features
 
 EVALUATED = 98_304
@@ -155,6 +150,8 @@ def one_run(
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
         "use_cpu": not on_gpu,
+        "output_dir": "runs/quality",
+        "progress": False,
     }
     compiled = on_gpu and run.get("compile", True)
     steps = tokens // (rows * length)
@@ -162,7 +159,8 @@ def one_run(
         first = run["tuned"] // (rows * length)
         base = copy.deepcopy(base)
         part = TokenBlocks(blocks.blocks[: first * rows])
-        fine_tune(base, part, steps=first, compile=compiled, learning_rate=1e-4, **common)
+        distill(base, None, part, steps=first, objective="text", learning_rate=1e-4, compile=compiled, **common)
+        base.requires_grad_(False)
         teacher = copy.deepcopy(base).to(torch.bfloat16)
         blocks, steps = TokenBlocks(blocks.blocks[first * rows :]), steps - first
         out["teacher"] = judge(base, recall=False, tasks=False)
@@ -177,8 +175,8 @@ def one_run(
         part = TokenBlocks(blocks.blocks[: transfer * rows])
         rate = run["transfer"]["learning_rate"]
         found = distill(
-            model, None, part, steps=transfer, output_dir="runs/quality", objective="attention",
-            learning_rate=rate, train=run["transfer"].get("train", "features"), progress=False, **common,
+            model, None, part, steps=transfer, objective="attention", learning_rate=rate,
+            train=run["transfer"].get("train", "features"), **common,
         )  # fmt: skip
         out["transfer"] = [line["loss"] for line in found["history"] if "loss" in line]
     part = TokenBlocks(blocks.blocks[transfer * rows : steps * rows])
@@ -193,10 +191,10 @@ def one_run(
         **common,
     }
     if run.get("softmax"):
-        found = fine_tune(model, part, **logits)
+        found = distill(model, None, part, objective="text", **logits)
     else:
         found = distill(
-            model, teacher, part, output_dir="runs/quality", schedule=run.get("schedule", "fixed"), progress=False,
+            model, teacher, part, schedule=run.get("schedule", "fixed"),
             cross_entropy_weight=run.get("cross_entropy_weight", 0.0), chunk_size=16384 if on_gpu else 1024,
             feature_learning_rate=run.get("feature_learning_rate"), cuda_graph=on_gpu and run.get("cuda_graph", True),
             **logits,
@@ -208,29 +206,6 @@ def one_run(
     out["trained"] = judge(model, recall=recall, tasks=tasks)
     log(run["name"], f"after {out['tokens']:,} tokens in {out['seconds']:.0f} s", out["trained"])
     return out
-
-
-def fine_tune(
-    model: Any, data: TokenBlocks, *, compile: bool, callbacks: Sequence[TrainerCallback] = (), **given: Any
-) -> dict[str, Any]:
-    """Next-token training of a softmax model, in place, with the settings of a distillation; `distill`'s history."""
-    rows, steps = given["batch_size"], given["steps"]
-    args = TrainingArguments(
-        output_dir="runs/quality", max_steps=steps, learning_rate=given["learning_rate"],
-        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), weight_decay=0.0,
-        per_device_train_batch_size=rows, gradient_accumulation_steps=given["gradient_accumulation_steps"],
-        bf16=not given["use_cpu"], save_strategy="no", report_to="none", disable_tqdm=True, seed=given["seed"],
-        logging_steps=max(1, steps // 20), **{n: given[n] for n in ("adam_beta2", "max_grad_norm", "optim", "use_cpu")},
-    )  # fmt: skip
-    trainer = Trainer(model, args, train_dataset=data, callbacks=list(callbacks))
-    trainer.remove_callback(PrinterCallback)
-    model.requires_grad_(True)
-    with compiled_layers(model) if compile else contextlib.nullcontext():
-        trainer.train()
-    release(model)
-    model.zero_grad(set_to_none=True)
-    model.eval().requires_grad_(False)
-    return {"history": trainer.state.log_history}
 
 
 def merge(output: str, parts: list[str]) -> None:

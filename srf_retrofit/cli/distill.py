@@ -30,6 +30,7 @@ def distill(
     length: Annotated[int | None, typer.Option(help="Tokens of a row. [default: 2048]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in one forward. [default: 4]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its peak. [default: 1e-4]")] = None,
+    tune_tokens: Annotated[int | None, typer.Option(help="Tokens to tune the softmax model on. [default: 0]")] = None,
     transfer_tokens: Annotated[int | None, typer.Option(help="Tokens of attention transfer. [default: 0]")] = None,
     recall_share: Annotated[float | None, typer.Option(help="Share of recall-shaped rows. [default: 0]")] = None,
     settle: Annotated[str | None, typer.Option(help="none, freeze or train. [default: none]")] = None,

@@ -110,7 +110,7 @@ def prepare(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Di
         For a source that cannot be read, and when there is less text than the settings ask for; the message says how
         many tokens there are, how many are needed, and what to change.
     """
-    wanted = (settings.steps + settings.transfer_steps) * settings.rows_per_step
+    wanted = (settings.tune_steps + settings.transfer_steps + settings.steps) * settings.rows_per_step
     judged = needed_tokens(settings.eval)
     training, held_out = _documents(settings, tokenizer, split=bool(judged))
     blocks = [_pack(source, documents, settings, tokenizer, wanted) for source, documents in training.items()]
@@ -207,6 +207,7 @@ def _check_amount(
         have, need = len(block) * settings.length, math.ceil(epochs * len(block)) * settings.length
         raise ValueError(
             f"the training text {name} fills {have:,} tokens of rows, and {need:,} are needed (tokens="
-            f"{settings.tokens:,} and transfer_tokens={settings.transfer_tokens:,} are {wanted:,} rows of "
-            f"{settings.length}): give more text, ask for fewer tokens, or allow max_epochs: {math.ceil(epochs)}"
+            f"{settings.tokens:,}, transfer_tokens={settings.transfer_tokens:,} and "
+            f"tune_tokens={settings.tune_tokens:,} are {wanted:,} rows of {settings.length}): give more text, ask for "
+            f"fewer tokens, or allow max_epochs: {math.ceil(epochs)}"
         )

@@ -11,13 +11,18 @@ from ..evaluation import report as evaluation_report
 from ..files import write_json, write_text
 from ..report import table
 
-_COLOURS = {"transfer": "#e08e45", "logits": "#2a6f97", "logits-settled": "#7b5ea7"}
+_COLOURS = {"tune": "#6a994e", "transfer": "#e08e45", "logits": "#2a6f97", "logits-settled": "#7b5ea7"}
 _NAMES = {
+    "tune": "softmax model on the text",
     "transfer": "attention transfer",
     "logits": "logits",
     "logits-settled": "logits, features settled",
 }
-_TITLES = {"transfer": "Attention transfer: error of a layer's output", "logits": "Logits: distance from the teacher"}
+_TITLES = {
+    "tune": "Softmax model, tuned: loss of the next token",
+    "transfer": "Attention transfer: error of a layer's output",
+    "logits": "Logits: distance from the teacher",
+}
 
 
 def write_distillation(results: dict[str, Any], directory: str | Path) -> Path:
@@ -48,11 +53,17 @@ def markdown(results: dict[str, Any], *, figure: str | None = None) -> str:
     """The whole page; `figure` is the path of the evaluation's picture."""
     settings, srf = results["settings"], results["settings"]["srf"]
     steps = settings["tokens"] // settings["tokens_per_step"]
+    tuned = ""
+    if "tune" in results["training"]:
+        tokens = results["training"]["tune"]["tokens"]
+        tuned = (
+            f" The teacher is the softmax model after next-token training on the first {tokens:,} tokens of the text."
+        )
     parts = [
         f"# {Path(settings['model']).name}, distilled",
         f"{srf['num_features']} `{srf['feature_map']}` features, blocks of {srf['window']} positions, {srf['sinks']} "
         f"sinks, {srf['retained']} retained keys. {steps:,} steps of {settings['tokens_per_step']:,} tokens towards "
-        f"the teacher's logits, in rows of {settings['length']:,}; trained: {settings['train']}.",
+        f"the teacher's logits, in rows of {settings['length']:,}; trained: {settings['train']}.{tuned}",
         "![Losses by step](report.png)",
         "## Training",
         _training(results),
@@ -122,14 +133,14 @@ def curve(history: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
 
 
 def plot(results: dict[str, Any], path: str | Path) -> None:
-    """Write a PNG: one panel for attention transfer, one for the logit stage, the losses on logarithmic scales."""
+    """Write a PNG: a panel each for tuning, attention transfer and the logit stage; losses on logarithmic scales."""
     # The object interface: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     training = results["training"]
-    panels = [names for names in (("transfer",), ("logits", "logits-settled")) if set(names) & set(training)]
+    panels = [names for names in (("tune",), ("transfer",), ("logits", "logits-settled")) if set(names) & set(training)]
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     for axis, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

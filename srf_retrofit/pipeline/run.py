@@ -191,6 +191,11 @@ def _check_models(
             f"the model is retrofitted already, with {layers[0].srf_config}: give the same srf to train it further, or "
             "start from the softmax model"
         )
+    if layers and settings.tune_tokens:
+        raise ValueError(
+            "tune_tokens is for a softmax model, and this one is retrofitted: start from the softmax model, or leave "
+            "tune_tokens out"
+        )
     if layers and teacher is None and settings.teacher is None:
         raise ValueError(
             "the model is retrofitted, and would be the teacher of itself: name the softmax model it was made from as "

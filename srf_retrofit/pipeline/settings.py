@@ -24,7 +24,8 @@ EXACT = "exact"
 _NOT_OF_EVALUATION = ("model", "teacher", "text", "text_field", "all_text", "device", "dtype", "output", "overwrite")
 _LEAST = {
     "length": 2, "tokens": 1, "tokens_per_step": 1, "batch_size": 1, "calibration_tokens": 1, "transfer_tokens": 0,
-    "lora_rank": 1, "lora_alpha": 1, "chunk_size": 1, "save_every": 0, "seed": 0, "max_epochs": 1, "warmup_steps": 0,
+    "tune_tokens": 0, "lora_rank": 1, "lora_alpha": 1, "chunk_size": 1, "save_every": 0, "seed": 0, "max_epochs": 1,
+    "warmup_steps": 0,
 }  # fmt: skip
 
 
@@ -71,6 +72,9 @@ class DistillSettings:
     foresee : bool
         Whether slots go by a forecast, see `foresight.calibrate_foresight`; on the calibration tokens, where rows are
         long enough.
+    tune_tokens, tune_learning_rate
+        Before anything else, next-token training of the softmax model on the text: it is then the teacher, and knows
+        what the student is taught on. 0 tokens leave it out.
     transfer_tokens, transfer_learning_rate, transfer_train
         Attention transfer before the logits are matched; 0 tokens leave it out.
     learning_rate, feature_learning_rate, warmup_steps, adam_beta2, max_grad_norm
@@ -140,6 +144,8 @@ class DistillSettings:
     calibration_tokens: int = 16384
     weigh_features: bool = True
     foresee: bool = True
+    tune_tokens: int = 0
+    tune_learning_rate: float = 1e-4
     transfer_tokens: int = 0
     transfer_learning_rate: float = 1e-3
     transfer_train: str = "attention"
@@ -184,7 +190,13 @@ class DistillSettings:
             _one_of(name, getattr(self, name), known)
         if self.template is not None:
             _one_of("template", self.template, TEMPLATES)
-        for name in ("learning_rate", "transfer_learning_rate", "feature_learning_rate", "temperature"):
+        for name in (
+            "learning_rate",
+            "tune_learning_rate",
+            "transfer_learning_rate",
+            "feature_learning_rate",
+            "temperature",
+        ):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be > 0, got {value}")
@@ -196,6 +208,7 @@ class DistillSettings:
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm must be >= 0 (0: gradients are not clipped), got {self.max_grad_norm}")
         self._check_sizes()
+        self._check_tuning()
         self._check_features()
         self._check_adapters()
         self._check_evaluation()
@@ -216,7 +229,7 @@ class DistillSettings:
                 f"tokens_per_step={self.tokens_per_step} must be a multiple of length x batch_size = {self.length} x "
                 f"{self.batch_size} = {rows}: {max(1, self.tokens_per_step // rows) * rows} would be one"
             )
-        for name in ("tokens", "transfer_tokens"):
+        for name in ("tokens", "tune_tokens", "transfer_tokens"):
             if 0 < getattr(self, name) < self.tokens_per_step:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is less than one step of tokens_per_step={self.tokens_per_step}"
@@ -237,6 +250,17 @@ class DistillSettings:
             raise ValueError(
                 "attention transfer takes whole rows: boundaries must be 'cross' or 'pad' with transfer_tokens > 0, "
                 "got 'respect'"
+            )
+
+    def _check_tuning(self) -> None:
+        if self.tune_tokens and self.teacher is not None:
+            raise ValueError(
+                f"tune_tokens makes the tuned model the teacher, but teacher={self.teacher!r}: leave one of them out"
+            )
+        if self.tune_tokens and self.dtype != "float32":
+            raise ValueError(
+                f"tune_tokens trains all weights, which needs dtype float32, got {self.dtype!r}: change it, or leave "
+                "tune_tokens out"
             )
 
     def _check_features(self) -> None:
@@ -315,6 +339,11 @@ class DistillSettings:
     def steps(self) -> int:
         """Optimizer steps of the logit stage."""
         return self.tokens // self.tokens_per_step
+
+    @property
+    def tune_steps(self) -> int:
+        """Optimizer steps of tuning the softmax model."""
+        return self.tune_tokens // self.tokens_per_step
 
     @property
     def transfer_steps(self) -> int:

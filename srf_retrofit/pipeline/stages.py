@@ -70,7 +70,8 @@ class Work:
 
 def plan(settings: DistillSettings) -> list[str]:
     """Names of the stages, in order."""
-    names = ["retrofit"]
+    names = ["tune"] if settings.tune_steps else []
+    names.append("retrofit")
     if settings.eval_untrained and settings.eval.parts:
         names.append(UNTRAINED)
     if settings.transfer_steps:
@@ -89,6 +90,23 @@ def shares_teacher(settings: DistillSettings) -> bool:
     """Whether teacher and student can share the weights that stay as they are: adapters alone are trained."""
     kept = not settings.transfer_steps or settings.transfer_train == "features"
     return settings.train == "lora" and settings.teacher in (None, EXACT) and kept
+
+
+def run_tune(work: Work, number: int) -> dict[str, Any]:
+    """The softmax model on the text itself; what comes out is retrofitted, and is the teacher."""
+    s = work.settings
+    return _train(
+        work,
+        number,
+        "tune",
+        first_row=0,
+        steps=s.tune_steps,
+        teacher=None,
+        objective="text",
+        train="all",
+        learning_rate=s.tune_learning_rate,
+        warmup_steps=min(100, -(-s.tune_steps // 10)),
+    )
 
 
 def run_retrofit(work: Work, number: int) -> dict[str, Any]:
@@ -128,7 +146,7 @@ def run_transfer(work: Work, number: int) -> dict[str, Any]:
         work,
         number,
         "transfer",
-        first_row=0,
+        first_row=s.tune_steps * s.rows_per_step,
         steps=s.transfer_steps,
         teacher=None,
         objective="attention",
@@ -188,6 +206,7 @@ def _evaluate(work: Work, what: str) -> dict[str, Any]:
 
 
 STAGES: dict[str, Callable[[Work, int], dict[str, Any]]] = {
+    "tune": run_tune,
     "retrofit": run_retrofit,
     UNTRAINED: run_evaluate_untrained,
     "transfer": run_transfer,
@@ -205,7 +224,7 @@ def _train_logits(work: Work, number: int, name: str, first: int, steps: int, tr
         work,
         number,
         name,
-        first_row=(s.transfer_steps + first) * s.rows_per_step,
+        first_row=(s.tune_steps + s.transfer_steps + first) * s.rows_per_step,
         steps=steps,
         teacher=work.teacher,
         objective="logits",
@@ -316,9 +335,20 @@ def load_student(work: Work) -> None:
     path = work.directory.latest(MODEL)
     assert path is not None
     device, dtype = original.device, original.dtype
+
+    def load(path: Path) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+
+    if s.tune_steps:
+        # The teacher is not what the run began with, but what the first stage made of it.
+        tuned = work.directory.path / work.directory.finished[0]["directory"] / MODEL
+        original = load(tuned)
+        if path == tuned:
+            work.student = original
+            return
     if work.teacher is None and not shares_teacher(s):
         work.teacher = frozen_copy(original) if srf_attentions(original) else original.requires_grad_(False)
-    work.student = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    work.student = load(path)
     adapter = work.directory.latest(ADAPTER)
     if adapter is not None:
         from peft import PeftModel

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..data.token_blocks import IGNORED
@@ -258,8 +258,9 @@ def distill(
         Of trained or learned feature maps; by default that of everything else.
     schedule : str or ResampleSchedule
         See `ResampleFeaturesCallback`; means nothing to a model without random features.
-    objective : {"logits", "attention"}
-        `DistillationTrainer` or `AttentionTransferTrainer`.
+    objective : {"logits", "attention", "text"}
+        `DistillationTrainer` or `AttentionTransferTrainer`; or the next token of the text itself, with neither teacher
+        nor `feature_learning_rate` and `part_of`, for any causal language model, retrofitted or not.
     train : {"all", "weights", "attention", "queries_keys", "features", "as_is"}
         See `training_only`.
     part_of : (int, int), optional
@@ -267,7 +268,7 @@ def distill(
     batch_size : int
         Rows per device and forward.
     temperature, cross_entropy_weight, chunk_size
-        See `DistillationTrainer`; not used by the attention objective.
+        See `DistillationTrainer`; used by the logits alone.
     bf16 : bool, optional
         Autocast; by default where CUDA supports it.
     compile : bool
@@ -295,8 +296,10 @@ def distill(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
-    if objective not in ("logits", "attention"):
-        raise ValueError(f"objective must be 'logits' or 'attention', got {objective!r}")
+    if objective not in ("logits", "attention", "text"):
+        raise ValueError(f"objective must be 'logits', 'attention' or 'text', got {objective!r}")
+    if objective == "text" and any(x is not None for x in (teacher, feature_learning_rate, part_of)):
+        raise ValueError("objective 'text' has no teacher, feature_learning_rate or part_of: leave them out")
     names = ("data_collator", "eval_dataset")
     for_trainer: dict[str, Any] = {name: arguments.pop(name) for name in names if name in arguments}
     values: dict[str, Any] = {
@@ -326,14 +329,17 @@ def distill(
     if compile and settings.gradient_checkpointing:
         raise ValueError("compile=True and gradient_checkpointing=True exclude one another: leave one of them off")
     with training_only(model, train):
-        common: dict[str, Any] = {"teacher": teacher, "train_dataset": dataset, **for_trainer}
         drawn = [ResampleFeaturesCallback(schedule)] if feature_modules(model) else []
-        common["callbacks"] = [*drawn, FiniteGradients(), *callbacks]
-        common["part_of"] = part_of
-        common["feature_learning_rate"] = feature_learning_rate
-        trainer: TeacherTrainer
-        if objective == "attention":
-            trainer = AttentionTransferTrainer(model, settings, **common)
+        common: dict[str, Any] = {
+            "train_dataset": dataset, "callbacks": [*drawn, FiniteGradients(), *callbacks], **for_trainer,
+        }  # fmt: skip
+        taught = common | {"teacher": teacher, "part_of": part_of, "feature_learning_rate": feature_learning_rate}
+        trainer: Trainer
+        if objective == "text":
+            release(model)
+            trainer = Trainer(model, settings, **common)
+        elif objective == "attention":
+            trainer = AttentionTransferTrainer(model, settings, **taught)
         else:
             trainer = DistillationTrainer(
                 model,
@@ -342,13 +348,12 @@ def distill(
                 cross_entropy_weight=cross_entropy_weight,
                 chunk_size=chunk_size,
                 cuda_graph=cuda_graph,
-                **common,
+                **taught,
             )
         if not progress:
             trainer.remove_callback(PrinterCallback)
-        both = (
-            compiled_layers(model, trainer.teacher) if compile and objective == "logits" else contextlib.nullcontext()
-        )
+        models = (model, trainer.teacher) if isinstance(trainer, TeacherTrainer) else (model,)
+        both = compiled_layers(*models) if compile and objective != "attention" else contextlib.nullcontext()
         try:
             again = str(resume) if isinstance(resume, (str, Path)) else resume or None
             with both:
