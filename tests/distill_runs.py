@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from builders import CONFIG
-from toy_tokenizers import WORDS
+from toy_tokenizers import WORDS, byte_llama, byte_tokenizer
 from transformers import TrainerCallback
 
 from srf_retrofit.evaluation.settings import EvalSettings
+from srf_retrofit.pipeline import run as pipeline
 from srf_retrofit.pipeline.settings import DistillSettings
 
 EVAL = EvalSettings(length=64, tokens=256, modes=("full", "no_tail"))
@@ -54,3 +55,8 @@ class Interrupt(TrainerCallback):
 def losses(results: dict[str, Any], stage: str) -> list[float]:
     """The logged losses of a training."""
     return [line["loss"] for line in results["training"][stage]["history"] if "loss" in line]
+
+
+def distil(settings: DistillSettings, **given: Any) -> tuple[Any, dict[str, Any]]:
+    """The byte-level Llama distilled as the settings say: the model and the results."""
+    return pipeline.distill_model(byte_llama(), byte_tokenizer(), settings, progress=False, **given)

@@ -100,7 +100,8 @@ class DistillSettings:
         Autocast; by default where CUDA supports it.
     gradient_checkpointing : bool
     compile : bool
-        Whether the logit stage runs compiled layers, see `training.compilation`; not with gradient checkpointing.
+        Whether tuning and the logit stage run compiled layers, see `training.compilation`; not with gradient
+        checkpointing.
     cuda_graph : bool
         Whether it replays its steps from a CUDA graph, see `training.graphs`; for rows without padding or boundaries,
         one batch a step.

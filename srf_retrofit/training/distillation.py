@@ -272,8 +272,8 @@ def distill(
     bf16 : bool, optional
         Autocast; by default where CUDA supports it.
     compile : bool
-        Compile the decoder layers of both models, see `compilation.compiled_layers`: on a GPU steps take less time, and
-        the first one some half a minute more. Logits only: attention is matched by hooks inside the layers.
+        Compile the decoder layers of all models there are, see `compilation.compiled_layers`: on a GPU steps take less
+        time, and the first one some half a minute more. Not for attention, which is matched by hooks inside the layers.
     cuda_graph : bool
         See `DistillationTrainer`; logits only.
     resume : bool or path

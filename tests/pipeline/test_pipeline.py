@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import CONFIG, build_llama
-from distill_runs import STEPS, Interrupt, losses, small, write_text
+from distill_runs import STEPS, Interrupt, distil, losses, small, write_text
 from toy_tokenizers import byte_llama, byte_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -20,7 +20,6 @@ from srf_retrofit.evaluation.settings import EvalSettings
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.pipeline import run as pipeline
 from srf_retrofit.pipeline.data import RecallDataset, prepare
-from srf_retrofit.pipeline.settings import DistillSettings
 
 NOTHING = EvalSettings(parts=())
 
@@ -28,10 +27,6 @@ NOTHING = EvalSettings(parts=())
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
-
-
-def distil(settings: DistillSettings, **given: Any) -> tuple[Any, dict[str, Any]]:
-    return pipeline.distill_model(byte_llama(), byte_tokenizer(), settings, progress=False, **given)
 
 
 def logits_of(model: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from builders import CONFIG
-from distill_runs import STEPS, Interrupt, losses, small, write_text
+from distill_runs import STEPS, Interrupt, distil, losses, small, write_text
 from toy_tokenizers import byte_llama, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +16,6 @@ from srf_retrofit import retrofit
 from srf_retrofit.evaluation.settings import EvalSettings
 from srf_retrofit.pipeline import run as pipeline
 from srf_retrofit.pipeline import stages
-from srf_retrofit.pipeline.settings import DistillSettings
 from srf_retrofit.training.distillation import distill
 
 TUNE: dict[str, Any] = {"tune_tokens": 4 * 256, "tune_learning_rate": 1e-2, "eval": EvalSettings(parts=())}
@@ -26,10 +25,6 @@ IDS = torch.arange(40, 140).unsqueeze(0)
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
-
-
-def distil(settings: DistillSettings, **given: Any) -> tuple[Any, dict[str, Any]]:
-    return pipeline.distill_model(byte_llama(), byte_tokenizer(), settings, progress=False, **given)
 
 
 @pytest.fixture(scope="module")
