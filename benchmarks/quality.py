@@ -6,11 +6,14 @@
 
 Documents are shuffled by a fixed seed, joined by the end-of-text token and written as 16-bit token ids. Every run sees
 the same tokens in the same order. The teacher, and every model before and after training, is judged on the first
-98,304 tokens of the held-out text, in windows of 1,024 and 4,096, and by recall; the tasks are scored in full. Models
-are judged in bfloat16. `milestones` of a run are numbers of tokens after which perplexity is also taken: every budget
-of one schedule. `softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone does.
-`tuned: N` does that with the first N tokens, and retrofits and distils what comes out with the others: the tuned
-model is then the teacher. The last line printed is JSON.
+98,304 tokens of the held-out text, in windows of 1,024, 4,096 and 8,192, and by recall; the tasks are scored in full.
+Models are judged in bfloat16.
+
+`milestones` of a run are numbers of tokens after which perplexity is also taken: every budget of one schedule.
+`softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone does. `tuned: N` does that
+with the first N tokens, and retrofits and distils what comes out with the others: the tuned model is then the teacher.
+
+What has been found is in RESULTS.json at any time; a run without `trained` was cut off. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -45,8 +48,8 @@ from srf_retrofit.training.distillation import distill
 from srf_retrofit.training.settling import settle_features
 
 EVALUATED = 98_304
-LENGTHS = (1024, 4096)
-EDGES = (0, 256, 512, 1024, 2048, 3072, 4096)
+LENGTHS = (1024, 4096, 8192)
+EDGES = (0, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
 
 
 def prepare(text: str, output: str) -> None:
@@ -106,6 +109,7 @@ class Milestones(TrainerCallback):
         self.twin.load_state_dict(model.state_dict())
         found = self.judge(self.twin, recall=False, tasks=False)
         self.seconds += found["seconds"]
+        # Written out by what follows: a run that is cut off leaves its milestones.
         self.found[tokens] = found["perplexity"]
         self.log(f"after {tokens:,} tokens", found)
 
@@ -132,15 +136,21 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
 
 
 def one_run(
-    run: dict[str, Any], base: Any, teacher: Any, stream: torch.Tensor, judge: Judge, seed: int, log: Any
-) -> dict[str, Any]:
-    """Retrofit, train and judge one form of attention, as `RUNS.yaml` describes it."""
+    run: dict[str, Any],
+    out: dict[str, Any],
+    base: Any,
+    teacher: Any,
+    stream: torch.Tensor,
+    judge: Judge,
+    seed: int,
+    log: Any,
+) -> None:
+    """Retrofit, train and judge one form of attention, as `RUNS.yaml` describes it; `out` gets what is found."""
     torch.manual_seed(seed)
     torch.compiler.reset()
     length, tokens = run.get("length", 2048), run["tokens"]
     rows = run.get("tokens_per_step", 16384) // length
     blocks = TokenBlocks(stream[: len(stream) // length * length].view(-1, length))
-    out: dict[str, Any] = {"settings": run, "seed": seed}
     on_gpu = base.device.type == "cuda"
     common: dict[str, Any] = {
         "batch_size": rows // run.get("accumulate", 1),
@@ -183,6 +193,7 @@ def one_run(
     before = tokens // (rows * length) - steps + transfer
     after = {n // (rows * length) - before: n for n in run.get("milestones", []) if n < tokens}
     milestones = Milestones(after, model, judge, lambda stage, found: log(run["name"], stage, found))
+    out["milestones"] = milestones.found
     logits: dict[str, Any] = {
         "steps": steps - transfer,
         "learning_rate": run.get("learning_rate", 1e-4),
@@ -200,12 +211,10 @@ def one_run(
             **logits,
         )  # fmt: skip
     out["losses"] = [line["loss"] for line in found["history"] if "loss" in line]
-    out["milestones"] = milestones.found
     out["tokens"] = tokens // (rows * length) * rows * length
     out["seconds"] = time.perf_counter() - start - milestones.seconds
     out["trained"] = judge(model, recall=recall, tasks=tasks)
     log(run["name"], f"after {out['tokens']:,} tokens in {out['seconds']:.0f} s", out["trained"])
-    return out
 
 
 def merge(output: str, parts: list[str]) -> None:
@@ -281,24 +290,28 @@ def main() -> None:
             if kind in found:
                 more[kind] = [round(x["accuracy"], 2) for x in found[kind]]
         print(f"[{time.perf_counter() - start:6.1f}] {name}, {stage}: {ppl} {more}", flush=True)
+        if args.output:
+            write_json(Path(args.output), results)
 
-    results: dict[str, Any] = {"benchmark": "quality", "environment": environment(args.device), "lengths": LENGTHS}
+    results: dict[str, Any] = {
+        "benchmark": "quality", "environment": environment(args.device), "lengths": LENGTHS, "runs": {},
+    }  # fmt: skip
     if not args.no_teacher:
         results["teacher"] = judge(base, recall=True, tasks=any(run.get("tasks") for run in runs))
         log("teacher", "as it is", results["teacher"])
-    results["runs"] = {}
     for run in runs:
         for seed in args.seeds:
             if time.perf_counter() - start > args.seconds:
                 print(f"out of time before {run['name']}, seed {seed}", flush=True)
                 continue
+            found: dict[str, Any] = {"settings": run, "seed": seed}
+            results["runs"].setdefault(run["name"], []).append(found)
             try:
-                found = one_run(dict(run), base, teacher, stream, judge, seed, log)
+                one_run(run, found, base, teacher, stream, judge, seed, log)
             except (RuntimeError, ValueError, FloatingPointError) as error:
                 # Hours of other runs are worth more than this one; what went wrong is part of the result.
-                found = {"settings": run, "seed": seed, "error": f"{type(error).__name__}: {error}"}
+                found["error"] = f"{type(error).__name__}: {error}"
                 print(f"{run['name']}: {found['error']}", flush=True)
-            results["runs"].setdefault(run["name"], []).append(found)
             if args.output:
                 write_json(Path(args.output), results)
     print(json.dumps(results))

@@ -1,6 +1,6 @@
 """Write the measured tables of README.md from the results kept in benchmarks/results/.
 
-`python benchmarks/tables.py` rewrites the marked blocks, `--check` fails if they differ from the results. Blocks of
+`python benchmarks/tables.py` rewrites the marked blocks there and in docs/, `--check` fails if they differ. Blocks of
 GPU results are written where README.md has their markers; a marked block without its results is an error. Pictures of
 GPU results go to docs/.
 """
@@ -129,35 +129,112 @@ def train_gpu_table() -> str:
     return table([title, "length", "tokens/s", "peak GiB"], rows)
 
 
-def quality_table() -> str:
-    """Perplexity by form of attention before and after distillation, and recall after it."""
-    files = [load(path.stem) for path in sorted(RESULTS.glob("quality-gpu*.json"))]
-    lengths, teacher = files[0]["lengths"], files[0]["teacher"]
+Runs = list[dict[str, Any]]
 
-    def cells(found: dict[str, Any]) -> list[str]:
-        return [f"{found['perplexity']['full'][str(n)]['ppl']:.2f}" for n in lengths]
 
-    def recall(found: dict[str, Any]) -> list[str]:
-        if "passkey" not in found:
-            return ["", ""]
-        far = [x["accuracy"] for x in found["passkey"] if x["context"] == 2048]
-        near = [x["accuracy"] for x in found["copies"] if x["distance"] == 100]
-        return [f"{sum(far) / len(far):.2f}", f"{near[0]:.2f}"]
+def quality_runs() -> dict[str, list[Runs]]:
+    """All runs that are kept, by name: those that differ in their seed alone together, the longest schedule first."""
+    found: dict[str, dict[int, Runs]] = {}
+    for path in sorted(RESULTS.glob("quality-gpu*.json")):
+        for name, runs in load(path.stem)["runs"].items():
+            for run in runs:
+                if "zero_shot" in run:
+                    found.setdefault(name, {}).setdefault(run["settings"]["tokens"], []).append(run)
+    return {name: [runs for _, runs in sorted(by_tokens.items(), reverse=True)] for name, by_tokens in found.items()}
 
+
+def perplexities(runs: Runs, budget: str, n: int = 1024) -> list[float]:
+    """Perplexity in windows of `n` after a budget of training, of each run that has it."""
+    found = []
+    for run in runs:
+        by_budget = {in_millions(at): each for at, each in stages(run).items()}
+        by_length = by_budget.get(budget, {}).get("full", {})
+        if str(n) in by_length:
+            found.append(by_length[str(n)]["ppl"])
+    return found
+
+
+def stages(run: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What a run's model was judged to be, by tokens of text, those that its teacher was tuned on among them."""
+    found = {run["settings"].get("tuned", 0): run["zero_shot"]["perplexity"]} | {
+        int(at): each for at, each in run.get("milestones", {}).items()
+    }
+    return found | ({run["settings"]["tokens"]: run["trained"]["perplexity"]} if "trained" in run else {})
+
+
+def in_millions(tokens: int) -> str:
+    return f"{tokens / 1e6:.2g}M" if tokens else "0"
+
+
+def mean_and_spread(values: list[float], digits: int = 2) -> str:
+    """The mean, and half of the distance between the extremes where there are several."""
+    if not values:
+        return ""
+    text = f"{sum(values) / len(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ±{(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def perplexity_table(groups: list[tuple[str, Runs]]) -> str:
+    """By form of attention: state, perplexity at 1k by tokens of training, and in longer windows at the end."""
+    budgets = [in_millions(n) for n in sorted({at for _, runs in groups for run in runs for at in stages(run)})]
+    budgets = list(dict.fromkeys(budgets))
     rows = []
-    for name, runs in (item for results in files for item in results["runs"].items()):
-        for run in (run for run in runs if "trained" in run):
-            trained = run["trained"]
-            state = f"{trained['state']['kv_tokens']:.0f}" if trained["state"] else ""
-            millions = f"{run['tokens'] / 1e6:.1f}"
-            rows.append([name, state, millions, *cells(run["zero_shot"])[:1], *cells(trained), *recall(trained)])
-    # The best first; equal budgets stand together.
-    rows.sort(key=lambda row: (-round(float(row[2])), float(row[4])))
-    rows.insert(0, ["SmolLM2-135M itself (softmax)", "", "", "", *cells(teacher), *recall(teacher)])
-    header = ["WikiText-2 perplexity", "state, tokens of cache", "trained on, M tokens", "untrained, 1k"]
-    return table([*header, *(f"trained, {length(n)}" for n in lengths), "pass key, 2k", "copy, 100"], rows)
+    for name, runs in groups:
+        state = runs[0]["zero_shot"]["state"]
+        last = in_millions(runs[0]["settings"]["tokens"])
+        cells = [mean_and_spread(perplexities(runs, budget)) for budget in budgets]
+        cells += [mean_and_spread(perplexities(runs, last, n)) for n in (4096, 8192)]
+        rows.append([name, f"{state['kv_tokens']:.0f}" if state else "", *cells])
+    title = "WikiText-2 perplexity, windows of 1k, by tokens of text"
+    return table([title, "state", *budgets, "end, 4k", "end, 8k"], rows)
 
 
+def shown(tuned: bool) -> list[tuple[str, Runs]]:
+    """Runs whose teacher was tuned, or was not, the best first; in front of the former the softmax model."""
+    groups = [(name, runs) for name, several in quality_runs().items() for runs in several]
+
+    def best(group: tuple[str, Runs]) -> float:
+        return min(each["full"]["1024"]["ppl"] for run in group[1] for each in stages(run).values())
+
+    def setting(group: tuple[str, Runs], key: str) -> Any:
+        return group[1][0]["settings"].get(key)
+
+    found = sorted((g for g in groups if bool(setting(g, "tuned")) == tuned and not setting(g, "softmax")), key=best)
+    softmax = max((g for g in groups if setting(g, "softmax")), key=lambda g: setting(g, "tokens"), default=None)
+    return [softmax, *found] if tuned and softmax else found
+
+
+def quality_table() -> str:
+    """Retrofits of a softmax model that was tuned on the text first."""
+    return perplexity_table(shown(tuned=True))
+
+
+def quality_untuned_table() -> str:
+    """Retrofits of the softmax model as it is."""
+    return perplexity_table(shown(tuned=False))
+
+
+def quality_tasks_table() -> str:
+    """Recall and tasks of the softmax model, as it is and tuned, and of those retrofits that were asked."""
+    rows = []
+
+    def add(name: str, judged: list[dict[str, Any]]) -> None:
+        far = [[x["accuracy"] for x in found["passkey"] if x["context"] == 2048] for found in judged]
+        near = [x["accuracy"] for found in judged for x in found["copies"] if x["distance"] == 100]
+        tasks = [[found["tasks"][f"eval_{task}"]["acc"] for found in judged if "tasks" in found] for task in TASKS]
+        recall = [[sum(x) / len(x) for x in far], near]
+        rows.append([name, *map(mean_and_spread, recall), *(mean_and_spread(x, 3) for x in tasks)])
+
+    teachers = (load(path.stem).get("teacher", {}) for path in sorted(RESULTS.glob("quality-gpu*.json")))
+    add("SmolLM2-135M itself (softmax)", [next(found for found in teachers if "tasks" in found)])
+    for name, runs in shown(tuned=True):
+        judged = [run["trained"] for run in runs if "passkey" in run.get("trained", {})]
+        if judged:
+            add(name, judged)
+    return table(["at the end", "pass key, 2k", "copy, 100", "LAMBADA", "PIQA", "ARC-easy"], rows)
+
+
+TASKS = ("lambada_openai", "piqa", "arc_easy")
 BLOCKS = {"demo": demo_table, "attention": attention_table, "decode": decode_table}
 PICTURES: dict[str, Any] = {
     "attention-gpu": attention_report,
@@ -170,32 +247,38 @@ GPU_BLOCKS = {
     "decode-gpu": decode_gpu_table,
     "train-gpu": train_gpu_table,
     "quality-gpu": quality_table,
+    "quality-gpu-tasks": quality_tasks_table,
 }
+# What README.md has no room for.
+ELSEWHERE = {"docs/quality.md": {"quality-gpu-untuned": quality_untuned_table}}
 
 
-def render(text: str) -> str:
-    """`text` with every marked block replaced by its table."""
-    for name, make in {**BLOCKS, **GPU_BLOCKS}.items():
+def render(text: str, blocks: dict[str, Any]) -> str:
+    """`text` with every marked block replaced by its table; only those of a GPU may be left out."""
+    for name, make in blocks.items():
         begin, end = f"<!-- {name}: from benchmarks/results -->", f"<!-- end {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
         if not pattern.search(text):
             if name in GPU_BLOCKS and begin not in text:
                 continue
-            raise SystemExit(f"README.md has no block {name!r}")
+            raise SystemExit(f"there is no block {name!r} where it should be")
         block = f"{begin}\n{make()}\n{end}"
         text = pattern.sub(lambda _, block=block: block, text)
     return text
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = render(text)
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            raise SystemExit("README.md differs from benchmarks/results: run python benchmarks/tables.py")
+    check = "--check" in sys.argv[1:]
+    for page, blocks in {"README.md": BLOCKS | GPU_BLOCKS, **ELSEWHERE}.items():
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        new = render(text, blocks)
+        if check and new != text:
+            raise SystemExit(f"{page} differs from benchmarks/results: run python benchmarks/tables.py")
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    if check:
         return
-    path.write_text(new, encoding="utf-8")
     for name, module in PICTURES.items():
         if (RESULTS / f"{name}.json").is_file():
             module.plot_result(load(name), ROOT / "docs" / f"{name}.png")

@@ -23,8 +23,9 @@ def tables() -> Any:
 
 
 def test_tables_are_generated_from_the_kept_results(tables: Any) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.render(text) == text
+    for page, blocks in {"README.md": tables.BLOCKS | tables.GPU_BLOCKS, **tables.ELSEWHERE}.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert tables.render(text, blocks) == text
     assert (ROOT / "docs" / "demo.png").is_file()
 
 
@@ -64,18 +65,53 @@ def test_tables_of_gpu_results(tables: Any, tmp_path: Path, monkeypatch: pytest.
         },
     }
     markers = "\n".join(f"<!-- {name}: from benchmarks/results -->\n<!-- end {name} -->" for name in results)
-    monkeypatch.setattr(tables, "BLOCKS", {})
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=r"not there: attention-gpu.json"):
-        tables.render(markers)
+        tables.render(markers, tables.GPU_BLOCKS)
     for name, value in results.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    text = tables.render(markers)
+    text = tables.render(markers, tables.GPU_BLOCKS)
     assert "| 32/8 heads of 128: cuDNN attention | 5.7 | - |" in text
     assert "| 32/8 heads of 128: ours, window + retained | 7.51 | 7.6 |" in text
     assert "| m, batch 32: ours, CUDA graph | 1.5 |" in text
     assert "m, batch 32: exact" not in text
     assert "| m: state in tokens of cache | 213 |" in text
     assert "| retrofitted, distilled from the softmax model | 2k | 123,457 | 2.0 |" in text
-    assert tables.render("no markers") == "no markers"
+    assert tables.render("no markers", tables.GPU_BLOCKS) == "no markers"
+
+
+def test_table_of_quality(tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds become a mean and half their range, a run that was cut off keeps its milestones, softmax stands first."""
+
+    def judged(ppl: float, **more: Any) -> dict[str, Any]:
+        windows = {str(n): {"ppl": ppl - n / 4096} for n in (1024, 4096)}
+        return {"perplexity": {"full": windows}, "state": {"kv_tokens": 199.4}, **more}
+
+    def run(tokens: int, untrained: float, milestones: dict[str, float], end: float | None, **more: Any) -> Any:
+        found = {"settings": {"tokens": tokens} | more, "zero_shot": judged(untrained + 0.25)}
+        found["milestones"] = {at: judged(ppl + 0.25)["perplexity"] for at, ppl in milestones.items()}
+        return found | ({} if end is None else {"trained": judged(end + 0.25)})
+
+    first = {"tuned": 1_000_000}
+    softmax = run(10_000_000, 20, {"1000000": 18}, 17, softmax=True)
+    softmax["zero_shot"]["state"] = None
+    results = {
+        "a": {"ours": [run(10_000_000, 19, {"2500000": 18.5}, 18.0, **first)], "softmax": [softmax]},
+        "b": {
+            "ours": [run(10_000_000, 19, {"2500000": 18.7}, 18.1, **first), {"settings": {}, "error": "x"}],
+            "cut off": [run(18_100_000, 30, {"2500000": 25}, None, **first)],
+            "plain": [run(18_100_000, 21, {}, 20)],
+        },
+    }
+    for name, runs in results.items():
+        (tmp_path / f"quality-gpu-{name}.json").write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = tables.quality_table().splitlines()
+    assert lines[0].split("|")[2:-1] == [" state ", " 0 ", " 1M ", " 2.5M ", " 10M ", " end, 4k ", " end, 8k "]
+    assert lines[2:] == [
+        "| softmax |  | 20.00 | 18.00 |  | 17.00 | 16.25 |  |",
+        "| ours | 199 |  | 19.00 ±0.00 | 18.60 ±0.10 | 18.05 ±0.05 | 17.30 ±0.05 |  |",
+        "| cut off | 199 |  | 30.00 | 25.00 |  |  |  |",
+    ]
+    assert [line.split(" | ")[0] for line in tables.quality_untuned_table().splitlines()[2:]] == ["| plain"]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
+from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+
+from ..training.chunks import sum_in_chunks
 
 
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
+    head: nn.Module,
     chunk_size: int,
     compiled: bool = False,
 ) -> torch.Tensor:
@@ -23,9 +22,7 @@ def chunked_cross_entropy(
     def part(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return entropy(head(states), wanted)
 
-    total: Any = 0
-    for states, wanted in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
-        total = total + checkpoint(part, states, wanted, use_reentrant=False, preserve_rng_state=False)
+    total = sum_in_chunks(part, (hidden, labels), chunk_size, head.parameters())
     return total / labels.numel()
 
 

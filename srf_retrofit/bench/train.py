@@ -345,8 +345,9 @@ class TrainBench:
             with torch.no_grad():
                 known = hidden(teacher, ids)
             sums = chunked_losses(
-                hidden(student, ids), known, labels, student.lm_head, teacher.lm_head, chunk_size=self.chunk_size
-            )
+                hidden(student, ids), known, labels, student.lm_head, teacher.lm_head, chunk_size=self.chunk_size,
+                parameters=student.lm_head.parameters(),
+            )  # fmt: skip
             return sums[0] / labels.numel()
 
         return loss, student, models

@@ -10,8 +10,9 @@ from .fused_call import Call, Sizes, carve, launcher, on_device, room_for, strid
 from .fused_forward import kept_sizes, slot_index_sizes
 
 try:
-    from .triton_attend_backward import clear_kernel, key_kernel, query_kernel, sink_kernel, state_kernel
+    from .triton_attend_backward import clear_kernel, key_kernel, query_kernel, state_kernel
     from .triton_pure import in_block_key_kernel
+    from .triton_sinks import sink_kernel, sink_run_kernel
     from .triton_sums import (
         fold_gradient_kernel,
         run_gradient_kernel,
@@ -61,8 +62,12 @@ def backward(
     partials = blocks * s.G * query_tile.rounds * s.SINKS * s.D
     states, run_states = blocks * s.G * s.M, runs * s.G * s.M
     queries = s.G * s.R * blocks * s.W
-    scratch = (queries, partials, partials, states, run_states * s.D, run_states, queries if s.LEARNED else 0)
-    delta, d_sink_key, d_sink_value, d_mass, run_d_sum, run_d_mass, d_top = carve(
+    of_runs = runs * s.G * s.SINKS * s.D
+    scratch = (
+        queries, partials, partials, of_runs, of_runs, states, run_states * s.D, run_states,
+        queries if s.LEARNED else 0,
+    )  # fmt: skip
+    delta, d_sink_key, d_sink_value, run_sink_key, run_sink_value, d_mass, run_d_sum, run_d_mass, d_top = carve(
         q.new_empty(room_for(*scratch), dtype=torch.float32), *scratch
     )
     d_sum = torch.empty_like(mean)
@@ -204,12 +209,19 @@ def backward(
         if s.H and continues:
             _add_state_slots((dk, dv), d_slots, s, pool - q.shape[2])
         if s.SINKS:
+            columns = -(-s.SINKS * s.D // 128)
+            of_sinks = {"G": s.G, "D": s.D, "SINKS": s.SINKS, "COLUMNS": 128, "num_warps": 4}
             launch(
-                "sinks", sink_kernel, (rows, s.G, -(-s.SINKS * s.D // 128)),
-                (dk, dv, d_sink_key, d_sink_value, t.row_block, t.sink_token, *dk_strides, call.one_batch),
-                lambda: {
-                    "G": s.G, "D": s.D, "SINKS": s.SINKS, "TILES": query_tile.rounds, "COLUMNS": 128, "num_warps": 4,
-                },
+                "sinks of runs", sink_run_kernel, (runs, s.G, columns),
+                (d_sink_key, d_sink_value, run_sink_key, run_sink_value, t.run_table),
+                lambda: of_sinks | {"TILES": query_tile.rounds},
+            )  # fmt: skip
+            launch(
+                "sinks", sink_kernel, (rows, s.G, columns),
+                (
+                    dk, dv, run_sink_key, run_sink_value, t.row_run, t.sink_token, *dk_strides, call.one_batch,
+                ),
+                lambda: of_sinks,
             )  # fmt: skip
     for i, x in enumerate(d_maps):
         if i % 4 in (0, 2) and x.numel():

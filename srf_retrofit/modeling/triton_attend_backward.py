@@ -226,33 +226,6 @@ def query_kernel(
 
 
 @triton.jit
-def sink_kernel(
-    dk, dv, d_key, d_value, row_block, sink_token, sgb, sgg, sgl, one_batch,
-    G: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Add the blocks' parts of the sinks' gradients, in order, to the tokens that are the sinks of a row."""
-    row, g = tl.program_id(0), tl.program_id(1)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < SINKS * D
-    low, high = tl.load(row_block + row) * TILES, tl.load(row_block + row + 1) * TILES
-    key_total = tl.zeros((COLUMNS,), tl.float32)
-    value_total = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, high - low, 32):
-        i = (low + start + tl.arange(0, 32)).to(tl.int64)
-        at = (((i // TILES * G + g) * TILES + i % TILES) * SINKS * D)[:, None] + column[None, :]
-        mask = (i < high)[:, None] & inside[None, :]
-        key_total += tl.sum(tl.load(d_key + at, mask=mask, other=0.0), 0)
-        value_total += tl.sum(tl.load(d_value + at, mask=mask, other=0.0), 0)
-    token = tl.load(sink_token + row * SINKS + column // D, mask=inside, other=-1)
-    batch = tl.where(one_batch > 0, 0, row).to(tl.int64)
-    here = batch * sgb + g * sgg + token.to(tl.int64) * sgl + column % D
-    key_total += tl.load(dk + here, mask=token >= 0, other=0.0).to(tl.float32)
-    value_total += tl.load(dv + here, mask=token >= 0, other=0.0).to(tl.float32)
-    tl.store(dk + here, key_total.to(dk.dtype.element_ty), mask=token >= 0)
-    tl.store(dv + here, value_total.to(dv.dtype.element_ty), mask=token >= 0)
-
-
-@triton.jit
 def state_kernel(
     q, k, v, do, block_row, query_token, slot_token, top_token, weight, bias, root,
     mean, log_mass, reference, log_sum, half_norm, delta, d_top, d_sum, d_mass, d_slot_key, d_slot_value,

@@ -139,6 +139,9 @@ class DistillationTrainer(TeacherTrainer):
             teacher_hidden = self.teacher(**inputs).logits
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         student_head = head.forward
+        # Gradients along with the divergence need whole parameters, and no scaled loss.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        parameters = None if sharded or self.args.fp16 else list(head.parameters())
 
         def losses(hidden: torch.Tensor) -> torch.Tensor:
             return chunked_losses(
@@ -151,6 +154,7 @@ class DistillationTrainer(TeacherTrainer):
                 cross_entropy=self.cross_entropy_weight > 0,
                 chunk_size=self.chunk_size,
                 weight=chosen.flatten().float() if whole else None,
+                parameters=parameters,
             )
 
         with forward_replaced(head, losses):

@@ -8,12 +8,12 @@ Shapes: `N` positions that predict something, `E` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+
+from .chunks import sum_in_chunks
 
 try:
     from .triton_divergence import FusedDivergence
@@ -70,13 +70,14 @@ def chunked_losses(
     cross_entropy: bool = False,
     chunk_size: int = DEFAULT_CHUNK,
     weight: torch.Tensor | None = None,
+    parameters: Iterable[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Sums over positions of `KL(teacher || student)` and, on request, of the cross-entropy with the labels.
 
     `KL = sum_v p_v log(p_v / s_v)`, with `p` and `s` the softmax of teacher and student logits over `temperature`
     (1503.02531, section 2, without its factor `temperature**2`). The cross-entropy is taken at temperature 1. At most
     `chunk_size x V` logits of each model exist at any time, in the backward as well: with more than one chunk they are
-    computed again there.
+    computed again there, unless `parameters` are given.
 
     Parameters
     ----------
@@ -94,6 +95,9 @@ def chunked_losses(
         Positions per chunk.
     weight : (N,) float32, optional
         Of each position's divergence; 1 by default.
+    parameters : iterable of tensor, optional
+        Of the student's head. Where they are given and there is no cross-entropy, gradients are taken along with the
+        divergence and nothing is computed twice; see `sum_in_chunks`.
 
     Returns
     -------
@@ -101,27 +105,25 @@ def chunked_losses(
         In nats; the second entry is 0 unless `cross_entropy`.
     """
 
-    def losses(
+    def parts(
         student_part: torch.Tensor,
         teacher_part: torch.Tensor,
         labels_part: torch.Tensor,
         weight_part: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             teacher = teacher_head(teacher_part)
         logits = student_head(student_part)
         kl = divergence(logits, teacher, temperature, weight_part)
         if not cross_entropy:
-            return torch.stack([kl, torch.zeros_like(kl)])
-        return torch.stack([kl, functional.nll_loss(log_softmax(logits), labels_part, reduction="sum")])
+            return kl, torch.zeros_like(kl)
+        return kl, functional.nll_loss(log_softmax(logits), labels_part, reduction="sum")
 
     given = (student_hidden, teacher_hidden, labels, *(() if weight is None else (weight,)))
-    if student_hidden.shape[0] <= chunk_size:
-        return losses(*given)
-    total: Any = 0
-    for parts in zip(*(t.split(chunk_size) for t in given), strict=True):
-        total = total + checkpoint(losses, *parts, use_reentrant=False, preserve_rng_state=False)
-    return total
+    if parameters is None or cross_entropy:
+        return sum_in_chunks(lambda *tensors: torch.stack(parts(*tensors)), given, chunk_size)
+    kl = sum_in_chunks(lambda *tensors: parts(*tensors)[0], given, chunk_size, parameters)
+    return torch.stack([kl, torch.zeros_like(kl)])
 
 
 def log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

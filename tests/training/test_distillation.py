@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,28 @@ def test_chunked_losses_are_the_plain_ones(chunk_size: int, temperature: float) 
         torch.testing.assert_close(got, want)
 
 
-def test_no_more_than_a_chunk_of_logits_exists() -> None:
+@pytest.mark.parametrize("chunk_size", [7, 100])
+def test_chunked_divergence_finds_its_gradients_on_the_way(chunk_size: int) -> None:
+    torch.manual_seed(0)
+    hidden, known = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), torch.randn(20, 6, dtype=torch.float64)
+    head, weight = torch.nn.Linear(6, 31, dtype=torch.float64), torch.rand(20, dtype=torch.float64)
+    nothing = torch.zeros(20).long()
+
+    def sums(**how: Any) -> torch.Tensor:
+        return chunked_losses(hidden, known, nothing, head, head, temperature=2.0, weight=weight, **how)
+
+    expected = sums()
+    found = sums(chunk_size=chunk_size, parameters=head.parameters())
+    torch.testing.assert_close(found, expected)
+    wanted = (hidden, *head.parameters())
+    for got, want in zip(
+        torch.autograd.grad(3 * found[0], wanted), torch.autograd.grad(3 * expected[0], wanted), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_no_more_than_a_chunk_of_logits_exists(together: bool) -> None:
     n, e, vocab, chunk = 64, 4, 1000, 16
     hidden, weight = torch.randn(n, e, requires_grad=True), torch.randn(vocab, e, requires_grad=True)
 
@@ -132,20 +154,28 @@ def test_no_more_than_a_chunk_of_logits_exists() -> None:
                     self.numel = max(self.numel, t.numel())
             return out
 
-    saved = 0
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        nonlocal saved
-        saved = max(saved, t.numel())
-        return t
+    class Held:
+        """What a graph keeps for its backward pass, for as long as it does."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+            held.add(self)
 
     with Largest() as largest:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.tensor):
             head = lambda x: x @ weight.T  # noqa: E731
-            sums = chunked_losses(hidden, hidden.detach(), torch.zeros(n).long(), head, head, chunk_size=chunk)
+            sums = chunked_losses(
+                hidden, hidden.detach(), torch.zeros(n).long(), head, head, chunk_size=chunk,
+                parameters=[weight] if together else None,
+            )  # fmt: skip
+        kept = [h.tensor.numel() for h in held]
         sums[0].backward()
     assert largest.numel == chunk * vocab
-    assert saved < chunk * vocab
+    # Gradients that were found on the way leave nothing to keep but themselves.
+    assert kept or together
+    assert max(kept, default=0) < chunk * vocab
 
 
 def test_labels_of_padding_are_ignored() -> None:
