@@ -39,7 +39,7 @@ from .triton_common import (
     store_rows_of_heads,
     store_sum_gradient,
 )
-from .triton_pure import first_key, in_block_query_gradient
+from .triton_pure import first_key, query_gradient
 from .triton_retain import local_keys, local_logits
 
 
@@ -140,7 +140,8 @@ def query_kernel(
                 own_keys = load_rows(k, own_at, skl, D, DP, OPERAND)
                 own_half = tl.load(key_half + (batch * G + g) * pool + own_at, mask=own_at >= 0, other=0.0)
                 d_own = dot(dy, tl.trans(load_rows(v, own_at, svl, D, DP, OPERAND)), PRECISION) - dl[:, None]
-                d_own = tl.where((own_at >= 0)[None, :] & (own_place[None, :] <= place[:, None]), d_own, 0.0)
+                meet = (own_at >= 0)[None, :] & (own_place[None, :] <= place[:, None])
+                d_own = tl.where(meet, d_own, 0.0).to(OPERAND)
                 first = first_key(own_at >= 0, WP)
             if TAIL:
                 FEATURES: tl.constexpr = min(PART, MP)
@@ -157,13 +158,14 @@ def query_kernel(
                     a = dot(x, tl.trans(w), PRECISION) * root
                     a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :]
                     a = less_half(a, half, other, start, M, FEATURES, LEARNED)
-                    logits = a + past[None, :]
-                    _, da = exact_gradient(logits, dy, dl, ls, values, 1.0, PRECISION)
                     if PURE:
+                        d_mean = dot(dy, tl.trans(values), PRECISION) - dl[:, None]
                         b = project(own_keys, key_weight, g, start, M, FEATURES, D, DP, PRECISION) * root
                         b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
                         b = tl.where((own_at >= 0)[:, None], b, LOG_ZERO)
-                        da += in_block_query_gradient(a, b, past, first, ls, d_own, WP, OPERAND, PRECISION)
+                        da = query_gradient(a, b, past, first, place, ls, d_mean, d_own, WP, OPERAND, PRECISION)
+                    else:
+                        _, da = exact_gradient(a + past[None, :], dy, dl, ls, values, 1.0, PRECISION)
                     dx += dot((da * root).to(w.dtype), w, PRECISION)
                     total += tl.sum(da, 1)
                     if LEARNED:

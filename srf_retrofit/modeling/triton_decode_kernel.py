@@ -281,35 +281,24 @@ def decode_kernel(
     total = tl.zeros((RP,), tl.float32)
     o = tl.zeros((RP, DP), tl.float32)
     if S > 0:
-        sink_logits = tl.dot(x, tl.trans(sk.to(OPERAND)), input_precision="ieee") * scaling
-        sink_logits = tl.where(sink_seen[None, :], sink_logits, float("-inf"))
+        logits = tl.dot(x, tl.trans(sk.to(OPERAND)), input_precision="ieee") * scaling
+        logits = tl.where(sink_seen[None, :], logits, float("-inf"))
+        top, total, o = add_tile(top, total, o, logits, sv, OPERAND)
         writes = d < tl.where(position < S, columns, 0)
         tl.store(sink_key + position * D + d, new_key, mask=writes)
         tl.store(sink_value + position * D + d, new_value, mask=writes)
     if W > 0:
         logits = tl.dot(x, tl.trans(wk.to(OPERAND)), input_precision="ieee") * scaling
         logits = tl.where(seen[None, :], logits, float("-inf"))
+        top, total, o = add_tile(top, total, o, logits, wv, OPERAND)
         tl.store(window_key + (W + phase) * D + d, new_key, mask=d < columns)
         tl.store(window_value + (W + phase) * D + d, new_value, mask=d < columns)
-    # Both at once: one maximum, and nothing to rescale.
-    if S > 0:
-        top = tl.maximum(top, tl.max(sink_logits, 1))
-    if W > 0:
-        top = tl.maximum(top, tl.max(logits, 1))
-    if S > 0:
-        p = tl.exp(sink_logits - top[:, None])
-        total += tl.sum(p, 1)
-        o = tl.dot(p.to(OPERAND), sv.to(OPERAND), o, input_precision="ieee")
-    if W > 0:
-        p = tl.exp(logits - top[:, None])
-        total += tl.sum(p, 1)
-        o = tl.dot(p.to(OPERAND), wv.to(OPERAND), o, input_precision="ieee")
     if TAIL or (W == 0):
         # On their way while the retained keys are taken.
         stored, mass, mark = load_features(kv_mean, k_sum, k_max, 0, M, MT, D, DP)
     if H > 0:
         # The largest probability, over the query heads, of each key among sinks and window; `retention.round_priority`.
-        p = p / total[:, None]
+        p = tl.exp(logits - (top + tl.log(total))[:, None])
         received = tl.max(tl.where(is_head[:, None], p, 0.0), 0)
         bits = (received.to(tl.int32, bitcast=True) + 0x400) & -0x800
         priority = tl.maximum(priority, bits.to(tl.float32, bitcast=True))

@@ -53,15 +53,23 @@ def reference_from(b, past, first, WP: tl.constexpr):
 
 
 @triton.jit
-def factors(a, b, reference, first, after, WP: tl.constexpr, OPERAND: tl.constexpr):
-    """Of `e^{a_ir + b_jr - top_i}` for the keys in [first, after): query (N, M), key (WP, M), and `top` (N,)."""
+def key_factor(b, reference, first, after, WP: tl.constexpr, OPERAND: tl.constexpr):
+    """`e^{b_jr - reference_r}` (WP, M) of the keys in [first, after); zero for all others."""
     key = tl.arange(0, WP)
-    shifted = a + reference[None, :]
-    top = tl.max(shifted, 1)
     inside = (key >= first) & (key < after)
     # Above `SPREAD` is only what is not inside, and padded features, whose query factor is zero.
     excess = tl.where(inside[:, None], tl.minimum(b - reference[None, :], SPREAD), float("-inf"))
-    return tl.exp(shifted - top[:, None]).to(OPERAND), tl.exp(excess).to(OPERAND), top, inside
+    return tl.exp(excess).to(OPERAND)
+
+
+@triton.jit
+def query_factor(a, reference, log_sum, place, first):
+    """`e^{a_ir + reference_r - log_sum_i}` (N, M); zero for queries before the key `first`, which do not see it.
+
+    Of features, those before a block's first key see none at all: they are sinks, and the state before them is empty.
+    """
+    log_sum = tl.where(place >= first, log_sum, 1e30)
+    return tl.exp(a + reference[None, :] - log_sum[:, None])
 
 
 @triton.jit
@@ -72,54 +80,41 @@ def in_block_logits(a, b, past, first, WP: tl.constexpr, OPERAND: tl.constexpr, 
     features of all earlier keys, and `first` is the `first_key`.
     """
     logits = tl.zeros((a.shape[0], WP), tl.float32)
+    place = tl.arange(0, WP)
     while first < WP:
         reference, after = reference_from(b, past, first, WP)
-        query, key, top, inside = factors(a, b, reference, first, after, WP, OPERAND)
+        shifted = a + reference[None, :]
+        top = tl.max(shifted, 1)
+        query = tl.exp(shifted - top[:, None]).to(OPERAND)
+        key = key_factor(b, reference, first, after, WP, OPERAND)
         new = tl.log(tl.maximum(dot(query, tl.trans(key), PRECISION), 1e-37)) + top[:, None]
-        logits = tl.where(inside[None, :], new, logits)
+        logits = tl.where(((place >= first) & (place < after))[None, :], new, logits)
         first = after
     return logits
 
 
 @triton.jit
-def in_block_query_gradient(
-    a, b, past, first, log_sum, d_weight, WP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Gradient of `a` (N, M) through the pairs inside a block.
-
-    `d_weight` (N, WP) is `do . v - delta`, 0 for pairs that do not meet; `log_sum` the query's normaliser. No logarithm
-    is taken: with `p_ij = e^{top_i - l_i} sum_r query_ir key_jr`, that of `a_ir` is `query_ir sum_j x_ij key_jr` for
-    `x_ij = e^{top_i - l_i} d_weight_ij`.
-    """
-    da = tl.zeros((a.shape[0], a.shape[1]), tl.float32)
-    while first < WP:
-        reference, after = reference_from(b, past, first, WP)
-        query, key, top, _inside = factors(a, b, reference, first, after, WP, OPERAND)
-        # A query that sees keys of this part has a normaliser of at least `top`; others may have any.
-        x = d_weight * tl.exp(tl.minimum(top - log_sum, 2.0))[:, None]
-        da += query.to(tl.float32) * dot(x.to(OPERAND), key, PRECISION)
-        first = after
-    return da
-
-
-@triton.jit
-def in_block_key_gradient(
-    a, b, past, first, log_sum, d_weight, visible,
+def query_gradient(
+    a, b, past, first, place, log_sum, d_mean, d_weight,
     WP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of `b` (WP, M), as `in_block_query_gradient`, and the probabilities (N, WP) of the block's own keys."""
-    db = tl.zeros((b.shape[0], b.shape[1]), tl.float32)
-    probability = tl.zeros((a.shape[0], WP), tl.float32)
-    while first < WP:
-        reference, after = reference_from(b, past, first, WP)
-        query, key, top, inside = factors(a, b, reference, first, after, WP, OPERAND)
-        scale = tl.exp(tl.minimum(top - log_sum, 2.0))[:, None]
-        here = inside[None, :] & visible
-        probability = tl.where(here, dot(query, tl.trans(key), PRECISION) * scale, probability)
-        x = tl.where(here, d_weight * scale, 0.0)
-        db += key.to(tl.float32) * dot(tl.trans(x.to(OPERAND)), query, PRECISION)
+    """Gradient of `a` (N, M) through the features of earlier keys and through the pairs inside a block.
+
+    `d_mean` (N, M) is `do . mean - delta` and `d_weight` (N, WP) `do . v - delta`, 0 for pairs that do not meet;
+    `log_sum` the query's normaliser. With `p_ij = sum_r query_ir key_jr` the gradient of `a_ir` through the pairs is
+    `query_ir sum_j d_weight_ij key_jr`. No query that sees a part's first key has a normaliser below the reference.
+    """
+    reference, after = reference_from(b, past, first, WP)
+    query = query_factor(a, reference, log_sum, place, first)
+    key = key_factor(b, reference, first, after, WP, OPERAND)
+    da = query * (d_mean * tl.exp(past - reference)[None, :] + dot(d_weight, key, PRECISION))
+    while after < WP:
         first = after
-    return probability, db
+        reference, after = reference_from(b, past, first, WP)
+        query = query_factor(a, reference, log_sum, place, first)
+        key = key_factor(b, reference, first, after, WP, OPERAND)
+        da += query * dot(d_weight, key, PRECISION)
+    return da
 
 
 @triton.jit
@@ -143,8 +138,7 @@ def in_block_key_kernel(
     block_token = tl.load(query_token + block * W + place, mask=place < W, other=-1)
     key_at = tl.load(key_token + (entry + 1) * W + slot, mask=slot < W, other=-1)
     is_key = (key_at >= 0) & (tl.load(key_position + entry + 1) + slot >= SINKS)
-    visible = is_key[None, :] & (slot[None, :] <= place[:, None])
-    first = first_key(is_key, WP)
+    visible = is_key[:, None] & (slot[:, None] <= place[None, :])
     keys = load_rows(k + batch * skb + g * skg, key_at, skl, D, DP, OPERAND)
     values = load_rows(v + batch * svb + g * svg, key_at, svl, D, DP, OPERAND)
     own_half = tl.load(key_half + (batch * G + g) * pool + key_at, mask=key_at >= 0, other=0.0)
@@ -158,23 +152,33 @@ def in_block_key_kernel(
         b += load_vector(key_bias + g * M, start, M, FEATURES, 0.0)[None, :] - own_half[:, None]
         b = tl.where(is_key[:, None], b, LOG_ZERO)
         db = tl.zeros((WP, FEATURES), tl.float32)
-        for tile in range(TILES):
-            head = tile * HEADS + line // WP
-            token = tl.where(head < R, block_token, -1)
-            head = (g * R + head).to(tl.int64)
-            x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
-            do_heads = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
-            cell = head * (blocks * W) + block * W + place
-            # Lines without a query get a normaliser that nothing reaches.
-            ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
-            dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
-            half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
-            d_p = dot(do_heads, tl.trans(values), PRECISION) - dl[:, None]
-            a = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
-            a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
-            p, more = in_block_key_gradient(a, b, past, first, ls, d_p, visible, WP, OPERAND, PRECISION)
-            db += more
-            dy += dot(tl.trans(p.to(OPERAND)), do_heads, PRECISION)
+        first = first_key(is_key, WP)
+        # Usually one turn; a block without keys takes none.
+        while first < WP:
+            reference, after = reference_from(b, past, first, WP)
+            key = key_factor(b, reference, first, after, WP, OPERAND)
+            by_query = tl.zeros((WP, FEATURES), tl.float32)
+            for tile in range(TILES):
+                head = tile * HEADS + line // WP
+                token = tl.where(head < R, block_token, -1)
+                head = (g * R + head).to(tl.int64)
+                x = load_rows_of_heads(q + batch * sqb + head * sqh, token, sql, D, DP, OPERAND)
+                do_heads = load_rows_of_heads(do + batch * sdb + head * sdh, token, sdl, D, DP, OPERAND)
+                cell = head * (blocks * W) + block * W + place
+                # Lines without a query get a normaliser that nothing reaches.
+                ls = tl.load(log_sum + cell, mask=token >= 0, other=1e30)
+                dl = tl.load(delta + cell, mask=token >= 0, other=0.0)
+                half = tl.load(half_norm + cell, mask=token >= 0, other=0.0)
+                a = project(x, weight, g, start, M, FEATURES, D, DP, PRECISION) * root
+                a += load_vector(bias + g * M, start, M, FEATURES, float("-inf"))[None, :] - half[:, None]
+                query = query_factor(a, reference, ls, place, first).to(OPERAND)
+                # Keys in lines: the next products have their operands in registers.
+                p = tl.where(visible, dot(key, tl.trans(query), PRECISION), 0.0)
+                d_p = tl.where(visible, dot(values, tl.trans(do_heads), PRECISION) - dl[None, :], 0.0)
+                dy += dot(p.to(OPERAND), do_heads, PRECISION)
+                by_query += dot(d_p.to(OPERAND), query, PRECISION)
+            db += key.to(tl.float32) * by_query
+            first = after
         w = load_part(key_weight + g * M * D, start, M, FEATURES, D, DP)
         dx += dot((db * root).to(w.dtype), w, PRECISION)
         total += tl.sum(db, 1)
