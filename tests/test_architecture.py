@@ -31,7 +31,7 @@ FLOORS = [
     {"__init__"},
 ]
 MODELING_FLOORS = [
-    {"configuration", "saving", "feature_sums", "operators"},
+    {"configuration", "saving", "feature_sums", "operators", "triton_sinks"},
     {"configuration_hf", "random_features", "feature_map", "state", "softmax_parts"}
     | {"triton_common", "triton_launch"},
     {"retention", "block_tables", "triton_pure", "triton_retain", "triton_sums", "triton_decode_fold"},

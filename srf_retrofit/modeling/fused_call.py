@@ -44,6 +44,7 @@ class Sizes:
     PART: int
     FADE: int
     LEARNED: bool
+    HALF: bool  # operands are bfloat16; all others are float32
 
     @functools.cached_property
     def MP(self) -> int:
@@ -116,7 +117,8 @@ def launch_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
         # A single warp adds up without a barrier, and that is most of what ranking does.
         "rank": (64, 1 if s.HP <= 256 else 4),
         "run": (64, 4),
-        "attend": (128, 8, 3) if wide and not s.PURE and s.R * s.WP > 64 else (64, 4),
+        # Two parts are loaded ahead of use; of float32 there is no room for three.
+        "attend": (128, 8, 3 if s.HALF else 1) if wide and not s.PURE and s.R * s.WP > 64 else (64, 4),
         "query": plain,
         # A group of four warps takes 64 features.
         "state": (64, 4 * max(s.state_part // 64, 1)),
@@ -136,7 +138,8 @@ def sizes_of(q: torch.Tensor, k: torch.Tensor, features: int, ints: list[int]) -
     # Where `torch.compile` traces dynamic shapes these are symbols, and kernels are compiled for numbers.
     w, sinks, h, _, tail, fade, learned = map(int, ints)
     heads, g, d, m = map(int, (q.shape[1], k.shape[1], q.shape[3], features))
-    return _sizes(g, heads // g, m, d, w or PURE_BLOCK, sinks, h, w == 0, bool(tail), PART, fade, bool(learned))
+    half = q.dtype == torch.bfloat16
+    return _sizes(g, heads // g, m, d, w or PURE_BLOCK, sinks, h, w == 0, bool(tail), PART, fade, bool(learned), half)
 
 
 @functools.lru_cache(maxsize=256)

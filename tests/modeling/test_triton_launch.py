@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from srf_retrofit.modeling import triton_launch
+from srf_retrofit.modeling.fused_call import sizes_of
 from srf_retrofit.modeling.triton_launch import Launcher, integer_class, is_aligned
 
 
@@ -67,3 +68,11 @@ def test_alignment_of_views():
     x = torch.zeros(64, dtype=torch.bfloat16)
     assert is_aligned([x, x[8:], None, x[:0]])
     assert not is_aligned([x, x[1:]])
+
+
+def test_only_half_precision_is_loaded_three_times_ahead():
+    """Tiles of 128 queries of 128 dimensions in float32 fill the shared memory of an H200 once, not three times."""
+    ints = [64, 4, 0, 0, 1, 0, 0]
+    for dtype, stages in ((torch.bfloat16, 3), (torch.float16, 1), (torch.float32, 1)):
+        q, k = torch.empty(1, 4, 8, 128, dtype=dtype), torch.empty(1, 1, 8, 128, dtype=dtype)
+        assert sizes_of(q, k, 128, ints).tiles["attend"].options["num_stages"] == stages

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from srf_retrofit import SRFConfig
@@ -20,7 +17,7 @@ from srf_retrofit.surgery import retrofit
 from srf_retrofit.testing import tiny_llama
 from srf_retrofit.training.attention_transfer import AttentionTransferTrainer
 from srf_retrofit.training.callbacks import ResampleFeaturesCallback
-from srf_retrofit.training.distillation import DistillationTrainer, chunked_losses, distill, next_labels
+from srf_retrofit.training.distillation import DistillationTrainer, distill, next_labels
 from srf_retrofit.training.teacher import frozen_copy, training_only
 
 CONFIG = SRFConfig(num_features=8, window=2, sinks=1, retained=0)
@@ -86,96 +83,6 @@ def mean_divergence(student: nn.Module, teacher: nn.Module, inputs: dict[str, to
     p, s = (model(**inputs, use_cache=False).logits.log_softmax(-1)[:, :-1] for model in (teacher, student))
     kl = (p.exp() * (p - s)).sum(-1)
     return kl[(mask[:, :-1] * mask[:, 1:]).bool()].mean()
-
-
-@pytest.mark.parametrize("chunk_size", [1, 7, 20, 100])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_chunked_losses_are_the_plain_ones(chunk_size: int, temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    n, e, vocab = 20, 6, 31
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    hidden, weight = draw(n, e).requires_grad_(), draw(vocab, e).requires_grad_()
-    teacher_hidden, teacher_weight = draw(n, 9), draw(vocab, 9)
-    labels = torch.randint(vocab, (n,), generator=generator)
-
-    logits, target = hidden @ weight.T, (teacher_hidden @ teacher_weight.T / temperature).softmax(-1)
-    kl = (target * (target.log() - (logits / temperature).log_softmax(-1))).sum()
-    ce = functional.cross_entropy(logits, labels, reduction="sum")
-    expected = torch.autograd.grad(2 * kl + 3 * ce, (hidden, weight))
-
-    sums = chunked_losses(
-        hidden,
-        teacher_hidden,
-        labels,
-        lambda x: x @ weight.T,
-        lambda x: x @ teacher_weight.T,
-        temperature=temperature,
-        cross_entropy=True,
-        chunk_size=chunk_size,
-    )
-    torch.testing.assert_close(sums, torch.stack([kl, ce]))
-    gradients = torch.autograd.grad(2 * sums[0] + 3 * sums[1], (hidden, weight))
-    for got, want in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("chunk_size", [7, 100])
-def test_chunked_divergence_finds_its_gradients_on_the_way(chunk_size: int) -> None:
-    torch.manual_seed(0)
-    hidden, known = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), torch.randn(20, 6, dtype=torch.float64)
-    head, weight = torch.nn.Linear(6, 31, dtype=torch.float64), torch.rand(20, dtype=torch.float64)
-    nothing = torch.zeros(20).long()
-
-    def sums(**how: Any) -> torch.Tensor:
-        return chunked_losses(hidden, known, nothing, head, head, temperature=2.0, weight=weight, **how)
-
-    expected = sums()
-    found = sums(chunk_size=chunk_size, parameters=head.parameters())
-    torch.testing.assert_close(found, expected)
-    wanted = (hidden, *head.parameters())
-    for got, want in zip(
-        torch.autograd.grad(3 * found[0], wanted), torch.autograd.grad(3 * expected[0], wanted), strict=True
-    ):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_no_more_than_a_chunk_of_logits_exists(together: bool) -> None:
-    n, e, vocab, chunk = 64, 4, 1000, 16
-    hidden, weight = torch.randn(n, e, requires_grad=True), torch.randn(vocab, e, requires_grad=True)
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor):
-                    self.numel = max(self.numel, t.numel())
-            return out
-
-    held: weakref.WeakSet[Held] = weakref.WeakSet()
-
-    class Held:
-        """What a graph keeps for its backward pass, for as long as it does."""
-
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor = tensor
-            held.add(self)
-
-    with Largest() as largest:
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.tensor):
-            head = lambda x: x @ weight.T  # noqa: E731
-            sums = chunked_losses(
-                hidden, hidden.detach(), torch.zeros(n).long(), head, head, chunk_size=chunk,
-                parameters=[weight] if together else None,
-            )  # fmt: skip
-        kept = [h.tensor.numel() for h in held]
-        sums[0].backward()
-    assert largest.numel == chunk * vocab
-    # Gradients that were found on the way leave nothing to keep but themselves.
-    assert kept or together
-    assert max(kept, default=0) < chunk * vocab
 
 
 def test_labels_of_padding_are_ignored() -> None:
