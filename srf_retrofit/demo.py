@@ -81,7 +81,7 @@ class DemoSettings:
     calibration_tokens: int = 4096
     weigh_tokens: int = 1024
     foresee: bool = True
-    steps: int = 32
+    steps: int = 24
     batch_size: int = 1
     length: int = 512
     learning_rate: float = 3e-5
