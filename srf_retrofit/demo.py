@@ -81,11 +81,11 @@ class DemoSettings:
     calibration_tokens: int = 4096
     weigh_tokens: int = 1024
     foresee: bool = True
-    steps: int = 24
+    steps: int = 28
     batch_size: int = 1
     length: int = 512
     learning_rate: float = 3e-5
-    resample: str = "settle:0.5"
+    resample: str = "fixed"
     eval_tokens: int = 4096
     error_tokens: int = 1024
     decode_contexts: tuple[int, ...] = (256, 1024, 4096)
