@@ -80,9 +80,10 @@ class _WithGradients(torch.autograd.Function):
                 d_given[i * chunk_size : (i + 1) * chunk_size] = found.pop(0)
             for j, new in enumerate(found):
                 if new is not None:
-                    wide = new.to(torch.promote_types(new.dtype, torch.float32))
+                    wide = torch.promote_types(new.dtype, torch.float32)
+                    # A copy to add to: parameters that are added to each other are given one tensor between them.
                     before = sums[j]
-                    sums[j] = wide if before is None else before.add_(wide)
+                    sums[j] = new.to(wide, copy=True) if before is None else before.add_(new)
         ctx.needs, ctx.dtypes = needs, [p.dtype for p in wanted]
         ctx.present = [d_given is not None, *(x is not None for x in sums)]
         ctx.save_for_backward(*(x for x in (d_given, *sums) if x is not None))

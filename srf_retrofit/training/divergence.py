@@ -105,25 +105,23 @@ def chunked_losses(
         In nats; the second entry is 0 unless `cross_entropy`.
     """
 
-    def parts(
+    def losses(
         student_part: torch.Tensor,
         teacher_part: torch.Tensor,
         labels_part: torch.Tensor,
         weight_part: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         with torch.no_grad():
             teacher = teacher_head(teacher_part)
         logits = student_head(student_part)
         kl = divergence(logits, teacher, temperature, weight_part)
         if not cross_entropy:
-            return kl, torch.zeros_like(kl)
-        return kl, functional.nll_loss(log_softmax(logits), labels_part, reduction="sum")
+            return kl
+        return torch.stack([kl, functional.nll_loss(log_softmax(logits), labels_part, reduction="sum")])
 
     given = (student_hidden, teacher_hidden, labels, *(() if weight is None else (weight,)))
-    if parameters is None or cross_entropy:
-        return sum_in_chunks(lambda *tensors: torch.stack(parts(*tensors)), given, chunk_size)
-    kl = sum_in_chunks(lambda *tensors: parts(*tensors)[0], given, chunk_size, parameters)
-    return torch.stack([kl, torch.zeros_like(kl)])
+    sums = sum_in_chunks(losses, given, chunk_size, None if cross_entropy else parameters)
+    return sums if cross_entropy else torch.stack([sums, torch.zeros_like(sums)])
 
 
 def log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -57,6 +57,20 @@ def test_a_parameter_that_is_also_used_before_gets_both_gradients() -> None:
     torch.testing.assert_close(found[0], expected)
 
 
+def test_parameters_that_share_a_gradient_do_not_share_its_sum() -> None:
+    a, b = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+
+    def loss(part: torch.Tensor) -> torch.Tensor:
+        return part.sum() * (a + b).sum()  # one tensor, of stride 0, for both
+
+    expected = torch.autograd.grad(loss(x), (a, b, x))
+    for found, right in zip(
+        torch.autograd.grad(sum_in_chunks(loss, (x,), 2, [a, b]), (a, b, x)), expected, strict=True
+    ):
+        torch.testing.assert_close(found, right)
+
+
 @pytest.mark.parametrize(("given", "trained"), [(False, True), (True, False), (False, False)])
 def test_nothing_is_differentiated_that_wants_no_gradient(given: bool, trained: bool) -> None:
     loss = Counting().requires_grad_(trained)
