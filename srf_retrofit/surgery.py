@@ -92,7 +92,8 @@ class RetrofitPlan:
     def __str__(self) -> str:
         c = self.config
         kind = c.projection if c.feature_map == "random" else c.feature_map
-        exact = "none (pure form)" if c.is_pure else f"{c.sinks} sinks, window {c.window}, {c.retained} retained"
+        pure = f"none (pure form{', with a forget gate' if c.forget_gate else ''})"
+        exact = pure if c.is_pure else f"{c.sinks} sinks, window {c.window}, {c.retained} retained"
         rows = [
             ("model", f"{self.model_class} -> {self.target_class} ({self.dtype})"),
             ("retrofitted layers", f"{len(self.layers)} of {self.num_layers}: {_ranges(self.layers)}"),
@@ -251,23 +252,22 @@ def _plan(
     num_kv_heads = conf.num_attention_heads // first.num_key_value_groups
     dtype = first.v_proj.weight.dtype if first.v_proj.weight.is_floating_point() else model.dtype
     state = SRFState.empty(config, 1, num_kv_heads, first.head_dim, dtype=dtype, device="meta")
-    features = feature_module(config, conf.num_attention_heads, num_kv_heads, first.head_dim, device="meta")
-    kv = 2 * num_kv_heads * first.head_dim * dtype.itemsize
-    everything = len(chosen) == conf.num_hidden_layers
+    heads, everything = conf.num_attention_heads, len(chosen) == conf.num_hidden_layers
+    features = feature_module(config, heads, num_kv_heads, first.head_dim, hidden_size=conf.hidden_size, device="meta")
     plan = RetrofitPlan(
         model_class=type(model).__name__,
         target_class=(family.srf_model if type(model) is family.model else family.srf_head).__name__,
         config=config.replace(layers=None if everything else tuple(chosen)),
         num_layers=conf.num_hidden_layers,
         layers=tuple(chosen),
-        num_heads=conf.num_attention_heads,
+        num_heads=heads,
         num_kv_heads=num_kv_heads,
         head_dim=first.head_dim,
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(p.numel() for layer in attentions for p in layer.parameters()),
         buffer_bytes=len(chosen) * sum(t.numel() * t.element_size() for t in features.state_dict().values()),
         state_bytes=len(chosen) * state.nbytes(),
-        kv_bytes_per_token=len(chosen) * kv,
+        kv_bytes_per_token=len(chosen) * 2 * num_kv_heads * first.head_dim * dtype.itemsize,
     )
     return plan, family
 

@@ -60,7 +60,7 @@ class _HeadErrors:
     def __call__(self, layer: SRFAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         q, k, v = layer._project(hidden_states, kwargs["position_embeddings"])
-        groups = k.shape[1]
+        groups, log_forget = k.shape[1], layer._forget(hidden_states)
         exact = functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=layer.scaling, enable_gqa=q.shape[1] != groups
         ).float()
@@ -68,7 +68,9 @@ class _HeadErrors:
         quieter = maps._replace(query=maps.query._replace(bias=maps.query.bias - _PROBE))
 
         def attend(maps: Any, ablation: str | None = None) -> torch.Tensor:
-            o, _ = srf_attention(q, k, v, maps, layer.srf_config, scaling=layer.scaling, ablation=ablation)
+            o, _ = srf_attention(
+                q, k, v, maps, layer.srf_config, scaling=layer.scaling, ablation=ablation, log_forget=log_forget
+            )
             return o.float()
 
         alone = attend(maps, "no_tail")

@@ -83,6 +83,7 @@ def quadratic_attention(
     causal: bool = True,
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    log_forget: torch.Tensor | None = None,
     output_final_state: bool = False,
     ablation: str | None = None,
     dtype: torch.dtype | None = None,
@@ -107,15 +108,16 @@ def quadratic_attention(
     for row, index in _rows(q, attention_mask, cu_seqlens):
         qr = q[row][:, index].view(g, heads // g, -1, d)
         kr, vr = k[row][:, index], v[row][:, index]
-        o, state = _quadratic_row(qr, kr, vr, maps, config, scaling, causal, ablation != "no_tail", dtype)
+        faded = None if log_forget is None else log_forget[row][:, index].to("cpu", torch.float64)
+        o, state = _quadratic_row(qr, kr, vr, maps, config, scaling, causal, ablation != "no_tail", dtype, faded)
         out = out.index_put((torch.tensor(row), torch.arange(heads)[:, None], index[None]), o.reshape(heads, -1, d))
         states.append(state)
     final = SRFState(*(torch.stack(x) for x in zip(*states, strict=True))) if output_final_state and causal else None
     return out, final
 
 
-def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail, dtype):
-    """One sequence: q (G, R, L, D), k and v (G, L, D)."""
+def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail, dtype, log_forget=None):
+    """One sequence: q (G, R, L, D), k and v (G, L, D), log_forget (G, L)."""
     g, _, length, _ = qr.shape
     w, s = config.window, config.sinks
     score = scaling * torch.einsum("grid,gjd->grij", qr, kr)
@@ -139,6 +141,12 @@ def _quadratic_row(qr, kr, vr, maps, config, scaling, causal, use_tail, dtype):
             exact[head] &= visible
     tail = visible & ~exact
     estimate = _log_kernel(a, b)
+    if log_forget is not None:
+        # (G, L, L): what is forgotten after key j, up to query i.
+        between = (j[..., None] < torch.arange(length)) & (torch.arange(length) <= i[..., None])
+        faded = torch.einsum("ijt,gt->gij", between.double(), log_forget)
+        estimate = estimate + faded[:, None]
+        b = b + faded[:, -1, :, None]
     logit = torch.where(exact[:, None], score, torch.where(tail[:, None], estimate, -torch.inf))
     if not use_tail:
         logit = logit.masked_fill(tail[:, None], -torch.inf)
@@ -252,6 +260,7 @@ def stepwise_attention(
     config: SRFConfig,
     *,
     scaling: float | None = None,
+    log_forget: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`srf_attention` one token after the other, in float64, from lists of keys: (B, H, L, D), causal, unpadded."""
     q, k, v = (x.to("cpu", torch.float64) for x in (q, k, v))
@@ -265,13 +274,14 @@ def stepwise_attention(
         for head in range(g):
             one = FeatureMap(*(None if t is None else t[head : head + 1] for t in maps))  # type: ignore[arg-type]
             qs = q[row].view(g, heads // g, length, d)[head]
-            per_head.append(_step_head(qs, k[row, head], v[row, head], one, config, scaling))
+            faded = None if log_forget is None else log_forget[row, head].to("cpu", torch.float64)
+            per_head.append(_step_head(qs, k[row, head], v[row, head], one, config, scaling, faded))
         rows.append(torch.cat(per_head))
     return torch.stack(rows)
 
 
-def _step_head(qs, ks, vs, maps, config, scaling):
-    """One kv head: q (R, L, D), k and v (L, D)."""
+def _step_head(qs, ks, vs, maps, config, scaling, log_forget=None):
+    """One kv head: q (R, L, D), k and v (L, D), log_forget (L,)."""
     w, s, h = config.window, config.sinks, config.retained
     a = oracle_log_features(qs[None], maps, "query", scaling)[0]
     b = oracle_log_features(ks[None], maps, "key", scaling)[0]
@@ -299,7 +309,10 @@ def _step_head(qs, ks, vs, maps, config, scaling):
                     priority[x] = max(priority[x], received)
         values = [vs[local + retained]]
         if tail:
-            logits.append((a[:, i, None] + b[tail]).logsumexp(-1))
+            estimate = (a[:, i, None] + b[tail]).logsumexp(-1)
+            if log_forget is not None:
+                estimate = estimate + torch.stack([log_forget[x + 1 : i + 1].sum() for x in tail])
+            logits.append(estimate)
             values.append(vs[tail])
         outputs.append(torch.cat(logits, -1).softmax(-1) @ torch.cat(values))
     return torch.stack(outputs, 1)

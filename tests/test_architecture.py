@@ -31,13 +31,13 @@ FLOORS = [
     {"__init__"},
 ]
 MODELING_FLOORS = [
-    {"configuration", "saving", "feature_sums", "operators", "triton_sinks"},
+    {"configuration", "saving", "feature_sums", "operators", "triton_sinks", "forget_gate"},
     {"configuration_hf", "random_features", "feature_map", "state", "softmax_parts"}
     | {"triton_common", "triton_launch"},
     {"retention", "block_tables", "triton_pure", "triton_retain", "triton_sums", "triton_decode_fold"},
     {"feature_attention", "fused_call", "triton_attend", "triton_decode_kernel"},
     {"chunked", "triton_attend_backward", "triton_decode"},
-    {"recurrent", "bidirectional", "fused_forward"},
+    {"recurrent", "bidirectional", "fused_forward", "checks"},
     {"layout", "fused_backward"},
     {"fused"},
     {"fused_attention"},

@@ -215,7 +215,10 @@ def head_errors(model: PreTrainedModel, blocks: TokenBlocks, *, progress: bool =
         exact = functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=layer.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        ours, _ = srf_attention(q, k, v, layer.attn_fn.folded(), layer.srf_config, scaling=layer.scaling)
+        ours, _ = srf_attention(
+            q, k, v, layer.attn_fn.folded(), layer.srf_config,
+            scaling=layer.scaling, log_forget=layer._forget(hidden_states),
+        )  # fmt: skip
         for sums, difference in ((wrong, ours.float() - exact.float()), (whole, exact.float())):
             sums[id(layer)] = sums.get(id(layer), 0.0) + difference.square().sum((0, 2, 3)).double().cpu()
 

@@ -68,7 +68,9 @@ def tail_shares(model: PreTrainedModel, blocks: TokenBlocks, *, progress: bool =
     def add(layer: SRFAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         q, k, v = layer._project(hidden_states, kwargs["position_embeddings"])
-        shares = attention_shares(q, k, layer.attn_fn.folded(), layer.srf_config, scaling=layer.scaling, v=v)
+        # A gate does not matter here: there are no exact keys beside one, and all of the share is the tail's.
+        config = layer.srf_config.replace(forget_gate=False)
+        shares = attention_shares(q, k, layer.attn_fn.folded(), config, scaling=layer.scaling, v=v)
         sums[id(layer)] = sums.get(id(layer), 0.0) + torch.stack([x.double().sum((0, 2)) for x in shares]).cpu()
 
     handles = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]

@@ -124,8 +124,9 @@ class SRFAttention(nn.Module):
         num_kv_heads = self.config.num_attention_heads // self.num_key_value_groups
         self.srf_config = srf_config
         self.attn_fn = feature_module(
-            srf_config, self.config.num_attention_heads, num_kv_heads, self.head_dim, self.layer_idx, device=device
-        )
+            srf_config, self.config.num_attention_heads, num_kv_heads, self.head_dim, self.layer_idx,
+            hidden_size=self.config.hidden_size, device=device,
+        )  # fmt: skip
         self.attn_fn.train(self.training)
         if next(self.k_proj.parameters()).dtype == torch.float64:
             self.attn_fn.double()
@@ -165,6 +166,7 @@ class SRFAttention(nn.Module):
         if self.observer is not None:
             self.observer(q, k, mask)
         b, length = hidden_states.shape[:2]
+        log_forget = self._forget(hidden_states)
         layer, state = None, None
         if past_key_values is not None:
             layer = srf_cache_layer(past_key_values, self.layer_idx, self.srf_config)
@@ -174,6 +176,8 @@ class SRFAttention(nn.Module):
                 state = SRFState(*(t.clone() for t in state))
         if documents is not None and b > 1:
             q, k, v = (x.transpose(0, 1).reshape(1, x.shape[1], b * length, x.shape[-1]) for x in (q, k, v))
+            if log_forget is not None:
+                log_forget = log_forget.transpose(0, 1).reshape(1, -1, b * length)
         o, final = srf_attention(
             q,
             k,
@@ -183,6 +187,7 @@ class SRFAttention(nn.Module):
             scaling=self.scaling,
             attention_mask=mask,
             cu_seqlens=documents,
+            log_forget=log_forget,
             initial_state=state,
             output_final_state=layer is not None,
             ablation=self.ablation,
@@ -195,6 +200,11 @@ class SRFAttention(nn.Module):
         if documents is not None and b > 1:
             o = o.reshape(o.shape[1], b, length, o.shape[-1]).transpose(0, 1)
         return self.o_proj(o.transpose(1, 2).reshape(b, length, -1)), None
+
+    def _forget(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logarithms of the forget gate (B, G, L), if this layer has one."""
+        gate = self.attn_fn.gate
+        return None if gate is None else gate(hidden_states)
 
     def _project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None

@@ -42,6 +42,7 @@ def attend_segment(
     *,
     use_tail: bool = True,
     continues: bool = True,
+    past: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SRFState]:
     """One segment: attention of its tokens, and the state after them.
 
@@ -59,6 +60,8 @@ def attend_segment(
         False leaves the features out of the softmax (an ablation); the state is the same.
     continues : bool
         False promises that no row's state stands inside a block, which saves a copy.
+    past : (B, G, T, 1), optional
+        What log-features of keys are counted from, see `forget_gate.forgotten`; for the pure form.
 
     Returns
     -------
@@ -66,7 +69,7 @@ def attend_segment(
     state : SRFState
     """
     if config.is_pure:
-        return _attend_pure(q, k, v, new_tokens, state, maps, config, scaling, use_tail)
+        return _attend_pure(q, k, v, past, new_tokens, state, maps, config, scaling, use_tail)
     w, s, h = config.window, config.sinks, config.retained
     b, heads, t, d = q.shape
     g, n = k.shape[1], t // w
@@ -172,6 +175,7 @@ def _attend_pure(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    past: torch.Tensor | None,
     new_tokens: torch.Tensor,
     state: SRFState,
     maps: FoldedMap,
@@ -196,7 +200,10 @@ def _attend_pure(
     log_query = (log_features if s else linear_features)(qb, maps.query, scaling)
     is_key = (grid.is_new & (grid.position >= s))[:, None, ..., None]
     log_key = linear_features(kf, maps.key, scaling)
-    log_key = log_key.add_(norm_term(kf, maps.key, scaling).masked_fill(~is_key, float("-inf")))
+    beside = norm_term(kf, maps.key, scaling)
+    if past is not None:
+        beside = beside - past.view(b, g, n, w, 1)
+    log_key = log_key.add_(beside.masked_fill(~is_key, float("-inf")))
     mass = state.k_sum
     initial = (
         (state.kv_mean.to(dtype) * mass.unsqueeze(-1)).flatten(0, 1), mass.flatten(0, 1), state.k_max.flatten(0, 1)

@@ -9,7 +9,7 @@ from typing import Any
 PROJECTIONS = ("simplex", "orthogonal", "iid")
 FEATURE_MAPS = ("random", "trained", "hedgehog", "relu")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3
 # Levels of `chunked.priority_level` in a factor of two.
 LEVELS = 4096
 
@@ -47,6 +47,9 @@ class SRFConfig:
         LoLCATs (2402.04347, 2410.10254) or of T2R (2103.13076).
     state_dtype : {"float32", "float16", "bfloat16"}
         Storage type of the running feature values between folds; sums and maxima stay in float32.
+    forget_gate : bool
+        Whether every token says how much of what came before it counts from then on, see `forget_gate.ForgetGate`;
+        for the pure form without sinks. The gate is trained, it adds `G (hidden_size + 1)` numbers a layer.
     seed : int
         Seed of the draw; together with the step and the layer index it fixes every projection, `>= 0`.
     layers : tuple of int, optional
@@ -69,6 +72,7 @@ class SRFConfig:
     projection: str = "simplex"
     feature_map: str = "random"
     state_dtype: str = "float32"
+    forget_gate: bool = False
     seed: int = 0
     layers: tuple[int, ...] | None = None
     version: int = CONFIG_VERSION
@@ -98,6 +102,13 @@ class SRFConfig:
         for name, choices in named:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not isinstance(self.forget_gate, bool):
+            raise ValueError(f"forget_gate must be True or False, got {self.forget_gate!r}")
+        if self.forget_gate and (self.window or self.sinks):
+            raise ValueError(
+                f"forget_gate=True fades keys that are met through features, and would leave exact ones beside them "
+                f"as they are (window={self.window}, sinks={self.sinks}): set both to 0, or forget_gate=False"
+            )
         if self.feature_map == "hedgehog" and self.num_features % 2:
             raise ValueError(f"hedgehog features come in pairs: num_features must be even, got {self.num_features}")
         if self.layers is not None:
@@ -136,7 +147,9 @@ class SRFConfig:
         if isinstance(version, int) and version > CONFIG_VERSION:
             cls(version=version)
         if version == 1:
-            data = {"retention_half_life": 0, **data, "version": CONFIG_VERSION}  # nothing was ever forgotten
+            data = {"retention_half_life": 0, **data}  # no key's priority ever faded
+        if version in (1, 2):
+            data["version"] = CONFIG_VERSION
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:

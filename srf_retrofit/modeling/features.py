@@ -7,6 +7,7 @@ from torch import nn
 
 from .configuration import SRFConfig
 from .feature_map import FeatureMap, FoldedMap, round_weights
+from .forget_gate import ForgetGate
 from .ops import fold, full_precision
 from .random_features import draw_projection
 
@@ -44,6 +45,23 @@ def set_foresight_(module: nn.Module, value: torch.Tensor | None, num_kv_heads: 
     table.copy_(value)
 
 
+def forget_gate(
+    config: SRFConfig, num_kv_heads: int, hidden_size: int | None, *, device: torch.device | str | None = None
+) -> ForgetGate | None:
+    """The gate that a configuration asks for, if it does.
+
+    Raises
+    ------
+    ValueError
+        When it does and the size of its inputs is not known.
+    """
+    if not config.forget_gate:
+        return None
+    if hidden_size is None:
+        raise ValueError("forget_gate=True needs hidden_size, the size of what the gate reads")
+    return ForgetGate(num_kv_heads, hidden_size, device=device)
+
+
 class SRFFeatures(nn.Module):
     """Projection, geometry and weights of one layer's features, per key/value head, as persistent float32 buffers.
 
@@ -58,6 +76,8 @@ class SRFFeatures(nn.Module):
         `G` and `D`.
     layer : int
         Index of the layer, part of the address (seed, step, layer) of every draw.
+    hidden_size : int, optional
+        `E`, for a configuration with a forget gate.
     device : torch.device or str, optional
 
     Attributes
@@ -68,6 +88,7 @@ class SRFFeatures(nn.Module):
         Where keys are retained: see `retention.priority_level`.
     query_shift, key_shift, proposal : (G, D)
     preconditioner, inverse_transpose : (G, D, D)
+    gate : ForgetGate or None
     step : int
         Step of the last draw made here. It is not saved: what is saved is the projection itself.
     redraw_on_call : bool
@@ -89,6 +110,7 @@ class SRFFeatures(nn.Module):
         head_dim: int,
         layer: int = 0,
         *,
+        hidden_size: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -105,6 +127,7 @@ class SRFFeatures(nn.Module):
             shapes["foresight"] = (g, 1 + 4 * d)
         for name, shape in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32, device=device))
+        self.gate = forget_gate(config, num_kv_heads, hidden_size, device=device)
         if not self.projection.is_meta:
             for name, value in self.initial_values().items():
                 getattr(self, name).copy_(value)

@@ -63,7 +63,8 @@ def _attend(
         See `retention.priority_level`.
     query_half : (2, B, H, L), key_half : (2, B, G, E + L), float32, optional
         What the first and the second half of a token's learned features subtract, in place of the half-norm; queries'
-        relative to the largest exact logit.
+        relative to the largest exact logit. Of other features key_half (B, G, E + L) alone: what those of keys
+        subtract beside the half-norm.
 
     Returns
     -------
@@ -100,7 +101,7 @@ def _attend_backward(
     -------
     list
         dq, dk, dv; with `seen` those of start_sum and start_mass; with `with_maps` those of the eight tensors of the
-        folded map (empty where there is none); with learned features those of query_half and key_half.
+        folded map (empty where there is none); those of query_half and key_half, of what was given.
     """
     call = begin(q, k, mask, documents, seen, folded, ints, scaling)
     return backward(call, q, k, v, mask, folded, saved, do, end_d_sum, end_d_mass, scaling, with_maps, key_half)
@@ -120,7 +121,7 @@ def _(q, k, v, mask, documents, seen, *args):
 def _(q, k, v, mask, documents, seen, folded, saved, do, end_d_sum, end_d_mass, ints, scaling, with_maps, key_half):
     s = sizes_of(q, k, folded[0].shape[1], ints)
     _, rows = count_blocks(q, s, documents, seen)
-    return gradients(q, k, rows, folded, s, with_maps, True, seen is not None)
+    return gradients(q, k, rows, folded, s, with_maps, True, seen is not None, key_half is not None)
 
 
 def _keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
@@ -150,7 +151,9 @@ def _differentiate(ctx: Any, grads: Any, call: Call | None = None) -> tuple:
     maps: list[Any] = [None] * 8
     if with_maps:
         maps = [x if like is not None else None for x, like in zip(out[3:11], folded, strict=True)]
-    halves = (None, None) if key_half is None else out[-2:]
+    halves: tuple[Any, ...] = (None, None)
+    if key_half is not None:
+        halves = tuple(out[-2:]) if ctx.ints[6] else (None, out[-1])
     return (*out[:3], None, None, None, *start, *[None] * 4, *maps, None, None, None, *halves)
 
 

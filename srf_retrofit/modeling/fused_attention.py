@@ -74,6 +74,7 @@ def attend_fused(
     *,
     use_tail: bool = True,
     with_state: bool = False,
+    past: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SRFState | None]:
     """Causal attention of whole rows, and the state after them.
 
@@ -89,6 +90,8 @@ def attend_fused(
         As in `ops.srf_attention`.
     with_state : bool
         Return the state after the last real token of every row.
+    past : (B, G, L), optional
+        As in `chunked.attend_segment`.
 
     Returns
     -------
@@ -104,7 +107,8 @@ def attend_fused(
         config.window, config.sinks, config.retained, config.retention_delay, int(use_tail), config.fade, int(learned),
     ]  # fmt: skip
     query_half: torch.Tensor | None = None
-    key_half: torch.Tensor | None = None
+    # In the pure form the pool is the keys themselves.
+    key_half = None if past is None else past.contiguous()
     if learned:
         maps, query_half, key_half = split_softmax(maps, q, keys)
     assert isinstance(maps.query, LinearFeatures)

@@ -46,13 +46,18 @@ def backward(
     o, mean, kept, slot_indices = saved
     log_sum, half_norm, log_mass, reference, key_half = carve(kept, *kept_sizes(s, blocks, rows, k))
     slots, fold, top_token = carve(slot_indices, *slot_index_sizes(s, blocks, rows))
-    key_half = key_half if given_key_half is None else given_key_half
+    given = given_key_half is not None and not s.LEARNED
+    if s.LEARNED:
+        assert given_key_half is not None
+        key_half = given_key_half
     query_step, key_step = q.shape[0] * q.shape[1] * q.shape[2], k.shape[0] * s.G * pool
     q, k, v, do = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(do)
-    out = gradients(q, k, rows, folded, s, with_maps, mask is not None, continues)
+    out = gradients(q, k, rows, folded, s, with_maps, mask is not None, continues, given_key_half is not None)
     dq, dk, dv = out[:3]
     start_d_sum, start_d_mass = out[3:5] if continues else (None, None)
     d_query_half, d_key_half = out[-2:] if s.LEARNED else (reference, reference)
+    if given:
+        d_query_half, d_key_half = k.new_zeros(q.shape[:3], dtype=torch.float32), out[-1]
     # In the order of the kernels: weight, bias, norm, norm_bias of either side.
     d_maps = out[3 + 2 * continues :][:8] if with_maps else []
     pointers = [x if x.numel() else reference for x in d_maps] or [reference] * 8
@@ -85,7 +90,7 @@ def backward(
     )  # fmt: skip
     launch = launcher(
         call, "backward", numbers, (q, k, v, *saved, do, end_d_sum, end_d_mass, *call.query, *call.key, given_key_half),
-        with_maps, mask is None, end_d_sum is None,
+        with_maps, mask is None, end_d_sum is None, given,
     )  # fmt: skip
     maps = call.maps
     # Without what only the forward pass reads, the low half of the norm.
@@ -107,7 +112,7 @@ def backward(
             lambda: common(
                 R=s.R, M=s.M, MP=s.MP, HEADS=query_tile.heads, TILES=query_tile.rounds, SINKS=s.SINKS, SP=s.SP, H=s.H,
                 HP=s.HP, PART=s.PART, PURE=s.PURE, TAIL=s.TAIL, MATRIX=maps["MATRIX"], LEARNED=s.LEARNED,
-                MAP_GRADIENT=with_maps, **query_tile.options,
+                MAP_GRADIENT=with_maps, GIVEN=given, **query_tile.options,
             ),
         )  # fmt: skip
         if s.H and not continues:
@@ -149,12 +154,11 @@ def backward(
                 (
                     q, k, v, do, dk, dv, t.block_row, t.query_token, t.key_token, t.key_position,
                     *call.query[:2], *key_map, call.root, key_half, log_mass, log_sum, half_norm, delta, *d_key,
-                    blocks, *query_strides, *do_strides, *dk_strides, call.one_batch, pool,
+                    d_key_half, blocks, *query_strides, *do_strides, *dk_strides, call.one_batch, pool,
                 ),
                 lambda: common(
                     R=s.R, M=s.M, MP=s.MP, HEADS=key_tile.heads, TILES=key_tile.rounds, SINKS=s.SINKS, PART=s.PART,
-                    KEY_MATRIX=maps["KEY_MATRIX"], MAP_GRADIENT=with_maps,
-                    **key_tile.options,
+                    KEY_MATRIX=maps["KEY_MATRIX"], MAP_GRADIENT=with_maps, GIVEN=given, **key_tile.options,
                 ),
             )  # fmt: skip
         else:
@@ -203,7 +207,7 @@ def backward(
             ),
             lambda: common(
                 M=s.M, MP=s.MP, SINKS=s.SINKS, RETAINED=s.H, PURE=s.PURE, PART=s.PART, MATRIX=maps["KEY_MATRIX"],
-                LEARNED=s.LEARNED, MAP_GRADIENT=with_maps, **s.tiles["fold"].options,
+                LEARNED=s.LEARNED, MAP_GRADIENT=with_maps, GIVEN=given, **s.tiles["fold"].options,
             ),
         )  # fmt: skip
         if s.H and continues:
@@ -223,6 +227,10 @@ def backward(
                 ),
                 lambda: of_sinks,
             )  # fmt: skip
+    if given:
+        # What keys are less by, queries are more by: it cancels in their normaliser, and so does, only with this, what
+        # rounding leaves of the sum over a query's keys. Whoever adds up over many keys would add that up, too.
+        d_key_half += d_query_half.unflatten(1, (s.G, s.R)).sum(2)
     for i, x in enumerate(d_maps):
         if i % 4 in (0, 2) and x.numel():
             x *= call.root
@@ -238,6 +246,7 @@ def gradients(
     with_maps: bool,
     has_mask: bool,
     continues: bool,
+    given: bool,
 ) -> list[torch.Tensor]:
     """Room for what `backward` returns; zeros where kernels add, or may leave out tokens."""
     make = torch.zeros_like if has_mask else torch.empty_like
@@ -252,6 +261,8 @@ def gradients(
         halves = torch.zeros if has_mask or not s.TAIL else torch.empty
         out.append(halves(2, *q.shape[:3], dtype=torch.float32, device=q.device))
         out.append(torch.zeros(2, *k.shape[:3], dtype=torch.float32, device=q.device))
+    elif given:
+        out.append(torch.zeros(k.shape[:3], dtype=torch.float32, device=q.device))
     return out
 
 

@@ -39,7 +39,8 @@ def forward(
     o, end_sum, end_mass, end_max, mean, kept, slot_indices, slot_values = out
     log_sum, half_norm, log_mass, reference, key_half = carve(kept, *kept_sizes(s, blocks, rows, k))
     slots, fold, top_token = carve(slot_indices, *slot_index_sizes(s, blocks, rows))
-    if given_key_half is not None:
+    if s.LEARNED:
+        assert given_key_half is not None
         key_half = given_key_half
     # From one half of learned features to the other, in what is given for queries and for keys.
     query_step, key_step = q.shape[0] * q.shape[1] * q.shape[2], k.shape[0] * s.G * pool
@@ -56,7 +57,7 @@ def forward(
     query_strides, key_strides = strides(q), (*strides(k), *strides(v))
     numbers = (*query_strides, *key_strides, *strides(o), blocks, pool, delay, q.shape[2], query_step, key_step)
     tensors = (q, k, v, *start, *call.query, *call.key, foresight, query_half, given_key_half)
-    launch = launcher(call, "forward", numbers, tensors, foresight is not None)
+    launch = launcher(call, "forward", numbers, tensors, foresight is not None, given_key_half is not None)
 
     def common(**more: Any) -> dict[str, Any]:
         return dict(G=s.G, D=s.D, DP=s.DP, W=s.W, WP=s.WP, SINKS=s.SINKS, **call.kinds) | more
@@ -115,7 +116,7 @@ def forward(
         if not s.LEARNED:
             launch(
                 "key norm", key_norm_kernel, (-(-pool // 64), s.G, k.shape[0]),
-                (k, *call.key[2:5], call.root, key_half, *key_strides[:3], pool),
+                (k, *call.key[2:5], call.root, given_key_half, key_half, *key_strides[:3], pool),
                 lambda: dict(
                     G=s.G, D=s.D, DP=s.DP, ROWS=64, PART=s.PART, MATRIX=call.maps["KEY_MATRIX"],
                     SPLIT=call.maps["SPLIT"], **call.kinds, num_warps=4, num_stages=1,

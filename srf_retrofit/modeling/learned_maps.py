@@ -14,7 +14,7 @@ from torch import nn
 
 from .configuration import SRFConfig
 from .feature_map import Features, FoldedMap, LinearFeatures, ReluFeatures, SoftmaxFeatures, round_weights
-from .features import SRFFeatures, no_foresight, set_foresight_
+from .features import SRFFeatures, forget_gate, no_foresight, set_foresight_
 from .random_features import draw_projection
 
 # Exact weights start at a tenth of the features' scale (LoLCATs' released configurations).
@@ -35,6 +35,8 @@ class LearnedMaps(nn.Module):
         `feature_map` says which; `num_features` is the number of features, both signs of Hedgehog's counted.
     num_kv_heads, head_dim, num_heads : int
         `G`, `D`, `H`.
+    hidden_size : int, optional
+        `E`, for a configuration with a forget gate.
     layer : int
         Part of the address of the draw that the maps start from.
     device : torch.device or str, optional
@@ -51,6 +53,7 @@ class LearnedMaps(nn.Module):
         layer: int = 0,
         *,
         num_heads: int | None = None,
+        hidden_size: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -62,6 +65,7 @@ class LearnedMaps(nn.Module):
                 self.register_buffer(name, value.to(device))
             else:
                 self.register_parameter(name, nn.Parameter(value.to(device)))
+        self.gate = forget_gate(config, num_kv_heads, hidden_size, device=device)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -72,9 +76,8 @@ class LearnedMaps(nn.Module):
         c = self.config
         foresight = {"foresight": no_foresight(self.num_kv_heads, self.head_dim)} if c.retained else {}
         if c.feature_map == "trained":
-            random = SRFFeatures(
-                c.replace(feature_map="random"), self.num_kv_heads, self.head_dim, self.layer, device="cpu"
-            )
+            plain = c.replace(feature_map="random", forget_gate=False)
+            random = SRFFeatures(plain, self.num_kv_heads, self.head_dim, self.layer, device="cpu")
             return _unfolded(random) | foresight
         rows = c.num_features // 2 if c.feature_map == "hedgehog" else c.num_features
         directions = draw_projection(
@@ -97,7 +100,12 @@ class LearnedMaps(nn.Module):
         unbiased: training finds its own balance of bias and variance.
         """
         config = features.config.replace(feature_map="trained")
-        maps = cls(config, features.num_kv_heads, features.head_dim, features.layer, device=features.device)
+        gate = features.gate
+        maps = cls(
+            config, features.num_kv_heads, features.head_dim, features.layer,
+            hidden_size=None if gate is None else gate.hidden_size, device=features.device,
+        )  # fmt: skip
+        maps.gate = gate
         with torch.no_grad():
             for name, value in _unfolded(features).items():
                 maps.get_parameter(name).copy_(value)
@@ -154,12 +162,15 @@ def feature_module(
     head_dim: int,
     layer: int = 0,
     *,
+    hidden_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> SRFFeatures | LearnedMaps:
-    """The features of one layer, of the kind that `config.feature_map` names; `H`, `G`, `D` as in `LearnedMaps`."""
+    """The features of one layer, of the kind that `config.feature_map` names; sizes as in `LearnedMaps`."""
     if config.feature_map == "random":
-        return SRFFeatures(config, num_kv_heads, head_dim, layer, device=device)
-    return LearnedMaps(config, num_kv_heads, head_dim, layer, num_heads=num_heads, device=device)
+        return SRFFeatures(config, num_kv_heads, head_dim, layer, hidden_size=hidden_size, device=device)
+    return LearnedMaps(
+        config, num_kv_heads, head_dim, layer, num_heads=num_heads, hidden_size=hidden_size, device=device
+    )
 
 
 @torch.no_grad()

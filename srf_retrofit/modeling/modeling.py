@@ -38,6 +38,7 @@ from .attention import (
 )
 from .configuration_hf import SRFLlamaConfig, SRFMistralConfig, SRFQwen2Config, SRFQwen3Config
 from .features import SRFFeatures
+from .forget_gate import ForgetGate
 from .generation import SRFGenerationMixin
 from .learned_maps import LearnedMaps
 from .packing import document_bounds, own_positions, padding_mask
@@ -61,7 +62,7 @@ class SRFPreTrainedMixin:
         self.post_init()  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (SRFFeatures, LearnedMaps)):
+        if isinstance(module, (SRFFeatures, LearnedMaps, ForgetGate)):
             for name, value in module.initial_values().items():
                 init.copy_(getattr(module, name), value)
         else:

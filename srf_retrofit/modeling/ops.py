@@ -7,16 +7,17 @@ segments of the chunked form with recomputation in backward, or takes the one-to
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from .bidirectional import attend_bidirectional
+from .checks import check_documents, check_forget, check_mask, check_state, check_tensors
 from .chunked import attend_segment
 from .configuration import SRFConfig
 from .feature_map import FeatureMap, FoldedMap, LinearFeatures, fold_feature_map, round_weights
+from .forget_gate import forgotten
 from .fused_attention import attend_fused, why_not_fused
 from .fused_call import interpreted
 from .layout import Layout, cut, join, plan_layout
@@ -40,6 +41,7 @@ def srf_attention(
     causal: bool = True,
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    log_forget: torch.Tensor | None = None,
     initial_state: SRFState | None = None,
     output_final_state: bool = False,
     chunk_size: int | None = None,
@@ -72,6 +74,9 @@ def srf_attention(
         their outputs are 0.
     cu_seqlens : (N + 1,) integer, optional
         Bounds of documents packed into a single row (`B = 1`); attention never crosses them.
+    log_forget : (B, G, L), the dtype that sums are taken in, at most 0
+        With `config.forget_gate`: logarithm of the factor by which all earlier keys count less from a token on, see
+        `forget_gate`. Through a final state it has no gradient: that is for decoding.
     initial_state : SRFState, optional
         Continue these rows, each from its own position.
     output_final_state : bool
@@ -102,15 +107,16 @@ def srf_attention(
     else:
         with full_precision(q.device):
             maps = fold(feature_map)
-    _check_tensors(q, k, v, maps, chunk_size)
+    check_tensors(q, k, v, maps, chunk_size)
     maps = round_weights(maps, q.dtype)
     step = q.shape[2] == 1 and initial_state is not None
     chosen, _ = choose_backend(q, config, causal=causal, step=step, backend=backend)
     b, _, length, d = q.shape
     scaling = d**-0.5 if scaling is None else scaling
     if attention_mask is not None:
-        attention_mask = _check_mask(attention_mask, q)
-    documents = None if cu_seqlens is None else _check_documents(cu_seqlens, q, attention_mask)
+        attention_mask = check_mask(attention_mask, q)
+    documents = None if cu_seqlens is None else check_documents(cu_seqlens, q, attention_mask)
+    check_forget(log_forget, config, k, causal)
     rows = b if documents is None else len(documents)
     if not causal and config.feature_map not in ("random", "trained"):
         raise ValueError(f"causal=False needs random features, got feature_map={config.feature_map!r}")
@@ -120,18 +126,25 @@ def srf_attention(
             "queries that follow them"
         )
     if initial_state is not None:
-        _check_state(initial_state, config, rows, k)
+        check_state(initial_state, config, rows, k)
 
     use_tail = ablation != "no_tail" and config.num_features > 0
     with full_precision(q.device):
         no_graph = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
         if length == 1 and causal and documents is None and initial_state is not None and no_graph:
             active = None if attention_mask is None else attention_mask[:, 0]
+            fading = None
+            if log_forget is not None:
+                fading = log_forget if active is None else log_forget.masked_fill(~active.view(-1, 1, 1), 0.0)
             if chosen == "triton":
                 if not in_place:
                     initial_state = SRFState(*(t.clone() for t in initial_state))
+                if fading is not None:
+                    initial_state.k_max.add_(fading)
                 o = decode_step_(q, k, v, active, initial_state, maps, config, scaling, use_tail=use_tail)
                 return o, initial_state if output_final_state else None
+            if fading is not None:
+                initial_state = initial_state._replace(k_max=initial_state.k_max + fading)
             o, new_state = attend_token(q, k, v, active, initial_state, maps, config, scaling, use_tail=use_tail)
             if active is not None:
                 o = o.masked_fill(~active.view(-1, 1, 1, 1), 0.0)
@@ -139,12 +152,15 @@ def srf_attention(
 
         if not causal:
             return _attend_all(q, k, v, attention_mask, documents, maps, config, scaling, use_tail), None
+        past = ends = None
+        if log_forget is not None and length:
+            past, ends = forgotten(log_forget, attention_mask, documents)
         if chosen == "triton" and length:
             if not config.num_features:
                 maps, initial_state = with_unused_features(maps, initial_state)
             o, state = attend_fused(
                 q, k, v, attention_mask, documents, initial_state, maps, config, scaling,
-                use_tail=use_tail, with_state=output_final_state,
+                use_tail=use_tail, with_state=output_final_state, past=past,
             )  # fmt: skip
             if not config.num_features and state is not None:
                 state = without_features(state)
@@ -152,9 +168,12 @@ def srf_attention(
             layout = plan_layout(b, length, q.device, config, attention_mask, documents, initial_state, chunk_size)
             if initial_state is None:
                 initial_state = SRFState.empty(config, rows, k.shape[1], d, dtype=k.dtype, device=k.device)
-            o, state = _walk_segments(q, k, v, layout, initial_state, maps, config, scaling, use_tail)
+            o, state = _walk_segments(q, k, v, past, layout, initial_state, maps, config, scaling, use_tail)
     if not output_final_state or state is None:
         return o, None
+    if ends is not None:
+        # What keys weigh is counted from the last token on.
+        state = state._replace(k_max=state.k_max + ends.detach().unsqueeze(-1))
     stored = SRFState.layout(config, rows, k.shape[1], d, k.dtype)["kv_mean"][1]
     return o, state._replace(kv_mean=state.kv_mean.to(stored))
 
@@ -240,6 +259,7 @@ def _walk_segments(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    past: torch.Tensor | None,
     layout: Layout,
     state: SRFState,
     maps: FoldedMap,
@@ -256,22 +276,23 @@ def _walk_segments(
     # Rows that end early stand inside a block in the segments after their end; so may rows that continue.
     continues = layout.token is not None
     recompute = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (q, k, v, *state, *maps.query, *maps.key) if x is not None
+        x.requires_grad for x in (q, k, v, past, *state, *maps.query, *maps.key) if x is not None
     )
     parts = [cut(x, layout) for x in (q, k, v)]
+    pasts = [None] * len(layout.segments) if past is None else cut(past.unsqueeze(-1), layout)
     outputs, finished = [], []
     for i, segment in enumerate(layout.segments):
         if segment.rows < state.length.shape[0]:
             finished.append(SRFState(*(t[segment.rows :] for t in state)))
             state = SRFState(*(t[: segment.rows] for t in state))
 
-        def run(qs, ks, vs, *tensors, segment=segment):
+        def run(qs, ks, vs, past, *tensors, segment=segment):
             return attend_segment(
                 qs, ks, vs, segment.new_tokens, SRFState(*tensors), maps, config, scaling,
-                use_tail=use_tail, continues=continues,
+                use_tail=use_tail, continues=continues, past=past,
             )  # fmt: skip
 
-        args = (*(part[i] for part in parts), *state)
+        args = (*(part[i] for part in parts), pasts[i], *state)
         if recompute:
             o, state = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -331,69 +352,3 @@ def _ablated(config: SRFConfig, ablation: str | None, has_state: bool) -> SRFCon
         exact = {"retained": 0} if ablation == "no_retained" else {"retained": 0, "window": 0, "sinks": 0}
         return config.replace(**exact)
     return config
-
-
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, maps: FoldedMap, chunk_size: int | None) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k, v must be (B, heads, L, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    b, heads, length, d = q.shape
-    if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (b, length, d):
-        raise ValueError(
-            f"k and v must be (B, G, L, D) with B={b}, L={length}, D={d}, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if heads % k.shape[1]:
-        raise ValueError(f"the {heads} query heads must be a multiple of the {k.shape[1]} key/value heads")
-    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
-        raise ValueError(f"q, k, v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not (q.device == k.device == v.device == maps.query.weight.device):
-        raise ValueError(
-            f"q, k, v and the feature map must be on one device, got {q.device}, {k.device}, {v.device} and "
-            f"{maps.query.weight.device}"
-        )
-    weight = maps.query.weight
-    if (weight.shape[0], weight.shape[-1]) != (k.shape[1], d):
-        raise ValueError(
-            f"the feature map is for {weight.shape[0]} key/value heads of dimension {weight.shape[-1]}, but k has "
-            f"{k.shape[1]} of dimension {d}"
-        )
-    expected = torch.promote_types(q.dtype, torch.float32)
-    if weight.dtype != expected:
-        raise ValueError(f"the feature map must be {expected} for {q.dtype} inputs, got {weight.dtype}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
-
-
-def _check_mask(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor | None:
-    if mask.shape != (q.shape[0], q.shape[2]) or mask.is_floating_point():
-        raise ValueError(
-            f"attention_mask must be a bool or integer tensor of shape {(q.shape[0], q.shape[2])}, got "
-            f"{mask.dtype} of shape {tuple(mask.shape)}"
-        )
-    mask = mask.to(q.device, torch.bool)
-    if not torch.compiler.is_compiling() and bool(mask.all()):
-        return None
-    return mask
-
-
-def _check_documents(cu_seqlens: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[int, int]]:
-    if mask is not None:
-        raise ValueError("give attention_mask or cu_seqlens, not both: packed rows hold no padding")
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens must be a 1-D integer tensor of N + 1 bounds, got {cu_seqlens!r}")
-    bounds = cu_seqlens.tolist()
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs one packed row, got a batch of {q.shape[0]}: flatten it first")
-    if bounds[0] != 0 or bounds[-1] != q.shape[2] or any(x > y for x, y in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to L={q.shape[2]}, got {bounds}")
-    return list(itertools.pairwise(bounds))
-
-
-def _check_state(state: SRFState, config: SRFConfig, rows: int, k: torch.Tensor) -> None:
-    expected = SRFState.layout(config, rows, k.shape[1], k.shape[3], k.dtype)
-    for name, mine in zip(SRFState._fields, state, strict=True):
-        shape, dtype = expected[name]
-        if mine.shape != shape or mine.dtype != dtype or mine.device != k.device:
-            raise ValueError(
-                f"initial_state.{name} must be {dtype} of shape {shape} on {k.device}, got {mine.dtype} of shape "
-                f"{tuple(mine.shape)} on {mine.device}: it was made with another config, batch or dtype"
-            )

@@ -103,12 +103,13 @@ def query_kernel(
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
     SP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
-    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, LEARNED: tl.constexpr,
+    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, LEARNED: tl.constexpr, GIVEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dq` and `delta = do . o` of a tile; its part of the sinks' gradients, (N, G, TILES, SINKS, D).
 
     With learned features also the gradients of what was `given` (2, B, H, L) and of the largest exact logit (H, N W).
+    Of other features, with `GIVEN`, the gradient of a summand of all log-features of a query, (B, H, L).
     """
     block, g, tile = program(G, TILES)
     row = tl.load(block_row + block)
@@ -177,6 +178,8 @@ def query_kernel(
                     tl.store(place_given, second - total, mask=token >= 0)
                     tl.store(place_given + one_half, -second, mask=token >= 0)
                 else:
+                    if GIVEN:
+                        tl.store(d_given + (batch * (G * R) + head) * length + token, total, mask=token >= 0)
                     dx = norm_gradient(
                         dx, total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D, DP,
                         min(PART, DP), MATRIX, MAP_GRADIENT, PRECISION,

@@ -121,14 +121,15 @@ def query_gradient(
 def in_block_key_kernel(
     q, k, v, do, dk, dv, block_row, query_token, key_token, key_position,
     weight, bias, key_weight, key_bias, key_norm, key_norm_bias, key_gram, key_gram_bias, root,
-    key_half, log_mass, log_sum, half_norm, delta, d_key_weight, d_key_bias, d_key_norm, d_key_norm_bias, blocks,
+    key_half, log_mass, log_sum, half_norm, delta, d_key_weight, d_key_bias, d_key_norm, d_key_norm_bias, d_half,
+    blocks,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sdb, sdh, sdl, sgb, sgg, sgl, one_batch, pool,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
-    PART: tl.constexpr, KEY_MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr,
+    PART: tl.constexpr, KEY_MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, GIVEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dk` and `dv` of a block's keys from the queries of the block."""
+    """`dk` and `dv` of a block's keys from the queries of the block; `d_half` of what was `GIVEN` beside half-norms."""
     block, g, _ = program(G, 1)
     row = tl.load(block_row + block)
     entry = block + row
@@ -184,6 +185,8 @@ def in_block_key_kernel(
         total += tl.sum(db, 1)
         if MAP_GRADIENT:
             add_weight_gradient(db, keys, d_key_weight, d_key_bias, g, start, M, FEATURES, D, DP, PRECISION)
+    if GIVEN:
+        tl.store(d_half + (batch * G + g) * pool + key_at, -total, mask=key_at >= 0)
     dx = norm_gradient(
         dx, total, keys, key_norm, key_norm_bias, key_gram, key_gram_bias, root, g, d_key_norm, d_key_norm_bias, D, DP,
         min(PART, DP), KEY_MATRIX, MAP_GRADIENT, PRECISION,

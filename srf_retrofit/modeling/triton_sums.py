@@ -56,16 +56,21 @@ def folded_tokens(
 
 @triton.jit
 def key_norm_kernel(
-    k, norm, norm_low, norm_bias, root, key_half, skb, skg, skl, pool,
+    k, norm, norm_low, norm_bias, root, given, key_half, skb, skg, skl, pool,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, MATRIX: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`half_norm_of` every key of the pool, (B, G, pool): each kernel that needs log-features of keys reads it."""
+    """`half_norm_of` every key of the pool, (B, G, pool), and what is `given` to be subtracted beside it.
+
+    Each kernel that needs log-features of keys reads it.
+    """
     g, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.where(place < pool, place, -1)
     x = load_rows(k + batch * skb + g * skg, token, skl, D, DP, OPERAND)
     half = half_norm_of(x, norm, norm_low, norm_bias, root, g, D, DP, min(PART, DP), MATRIX, SPLIT, PRECISION)
+    if given is not None:
+        half += tl.load(given + (batch * G + g) * pool + place, mask=place < pool, other=0.0)
     tl.store(key_half + (batch * G + g) * pool + place, half, mask=place < pool)
 
 
@@ -292,12 +297,13 @@ def fold_gradient_kernel(
     skb, skg, skl, svb, svg, svl, sgb, sgg, sgl, one_batch, pool, one_half,
     G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr,
     WP: tl.constexpr, SINKS: tl.constexpr, RETAINED: tl.constexpr, PURE: tl.constexpr, PART: tl.constexpr,
-    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, LEARNED: tl.constexpr,
+    MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, LEARNED: tl.constexpr, GIVEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to `dk` and `dv` what the keys folded at the end of a block contributed to all later states.
 
-    With learned features that is not all of it: `d_half` is the gradient of the given `key_half`.
+    `d_half` is the gradient of what was given to be subtracted: with learned features `key_half`, which is then not all
+    of theirs; without, where it is asked for (`GIVEN`), to be added to that of the queries of the block.
     """
     block, g, _ = program(G, 1)
     row = tl.load(block_row + block)
@@ -338,6 +344,9 @@ def fold_gradient_kernel(
         tl.store(d_half + own_half, second - total, mask=token >= 0)
         tl.store(d_half + one_half + own_half, -second, mask=token >= 0)
     else:
+        if GIVEN:
+            before = tl.load(d_half + own_half, mask=token >= 0, other=0.0)
+            tl.store(d_half + own_half, before - total, mask=token >= 0)
         dx = norm_gradient(
             dx, total, x, norm, norm_bias, gram, gram_bias, root, g, d_norm, d_norm_bias, D, DP, min(PART, DP), MATRIX,
             MAP_GRADIENT, PRECISION,

@@ -236,8 +236,8 @@ FIRST = "model.layers.0.self_attn.attn_fn."
     ("damage", "message"),
     [
         (
-            lambda d: change_config(d, version=3),
-            "has version 3, but this release of srf_retrofit reads up to version 2",
+            lambda d: change_config(d, version=4),
+            "has version 4, but this release of srf_retrofit reads up to version 3",
         ),
         (lambda d: change_config(d, kernel="cosine"), r"unknown SRF configuration field\(s\) kernel"),
         (lambda d: change_config(d, window=-1), "window must be >= 0, got -1"),

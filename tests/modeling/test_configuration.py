@@ -97,7 +97,9 @@ def test_a_newer_version_is_refused_before_its_fields_are_looked_at():
 
 
 def test_unknown_fields_and_other_types_are_refused():
-    with pytest.raises(ValueError, match="unknown SRF configuration field\\(s\\) windows; known: feature_map, layers"):
+    with pytest.raises(
+        ValueError, match="unknown SRF configuration field\\(s\\) windows; known: feature_map, forget_gate"
+    ):
         SRFConfig.from_dict({"windows": 3})
     with pytest.raises(ValueError, match="must be a mapping, got list"):
         SRFConfig.from_dict([1])
