@@ -33,10 +33,10 @@ BACKENDS = ("torch", "triton")
 MAPS = random_feature_map(2, 16, 16, geometry="preconditioner")
 
 
-def inputs(length, *, batch=1, dtype=torch.float32, strength=0.2, seed=0):
+def inputs(length, *, batch=1, dtype=torch.float32, strength=0.2, seed=0, dim=16):
     """q, k, v and log-factors, of which some forget nearly all."""
     generator = torch.Generator().manual_seed(seed)
-    xs = [torch.randn(batch, n, length, 16, generator=generator).to(DEVICE, dtype) for n in (4, 2, 2)]
+    xs = [torch.randn(batch, n, length, dim, generator=generator).to(DEVICE, dtype) for n in (4, 2, 2)]
     forget = -strength * torch.rand(batch, 2, length, generator=generator)
     forget = torch.where(torch.rand(forget.shape, generator=generator) < 0.1, 20 * forget, forget)
     return [x.requires_grad_() for x in (*xs, forget.to(DEVICE))]
@@ -47,14 +47,11 @@ def attend(xs, config=CONFIG, maps=MAPS, **more):
     return srf_attention(q, k, v, maps.to(DEVICE), config, log_forget=forget, **more)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("strength", [0.02, 2.0, 8.0])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_matches_the_quadratic_oracle(backend, strength, dtype):
-    xs = inputs(53, dtype=dtype, strength=strength)
+def compare(backend, xs, maps, config):
+    dtype = xs[0].dtype
     ys = [x.detach().double().cpu().requires_grad_() for x in xs]
-    o, state = attend(xs, backend=backend, output_final_state=True)
-    expected, right = quadratic_attention(*ys[:3], MAPS, CONFIG, log_forget=ys[3], output_final_state=True, dtype=dtype)
+    o, state = attend(xs, config, maps, backend=backend, output_final_state=True)
+    expected, right = quadratic_attention(*ys[:3], maps, config, log_forget=ys[3], output_final_state=True, dtype=dtype)
     # An exponent of that size, in float32, is off by as much as half its last bit.
     close = 1e-5 + float(ys[3].detach().sum(-1).abs().max()) * 2**-24 if dtype == torch.float32 else BFLOAT16
     assert_close(o, expected, close, "o")
@@ -68,6 +65,21 @@ def test_matches_the_quadratic_oracle(backend, strength, dtype):
     rights = torch.autograd.grad((expected * weight).sum(), ys)
     for name, mine, theirs in zip(("q", "k", "v", "log_forget"), grads, rights, strict=True):
         assert_close(mine, theirs, close, f"grad {name}", least_scale=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strength", [0.02, 2.0, 8.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_quadratic_oracle(backend, strength, dtype):
+    compare(backend, inputs(53, dtype=dtype, strength=strength), MAPS, CONFIG)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dim", "features"), [(64, 64), (64, 256), (128, 128)])
+def test_real_shapes_on_a_device(dim, features, dtype):
+    maps = random_feature_map(2, features, dim, geometry="preconditioner")
+    compare("triton", inputs(700, dtype=dtype, dim=dim), maps, CONFIG.replace(num_features=features))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
