@@ -25,6 +25,8 @@ MAX_HEAD_DIM = 256
 MAX_FEATURES = 256
 MAX_SINKS = 64
 MAX_RETAINED = 1024
+# CUDA's axes but the first.
+MAX_BATCH = 65_535
 
 
 def why_not_fused(q: torch.Tensor, config: SRFConfig, causal: bool, step: bool = False) -> str | None:
@@ -49,6 +51,7 @@ def why_not_fused(q: torch.Tensor, config: SRFConfig, causal: bool, step: bool =
         "head_dim": (q.shape[-1], MAX_HEAD_DIM),
         "sinks": (config.sinks, MAX_SINKS),
         "retained": (config.retained, MAX_RETAINED),
+        "batch": (0 if step else q.shape[0], MAX_BATCH),
     }
     for name, (value, limit) in limits.items():
         if value > limit:

@@ -292,8 +292,9 @@ SMALL = ModelShape("small", 256, 384, 2, 4, 2, 64, 512)
 
 
 @pytest.mark.gpu
-def test_decode_on_a_gpu() -> None:
-    # The largest batch would want the device for itself.
+def test_decode_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The largest batches would want the device for themselves.
+    monkeypatch.setattr(decode_models, "_FIT", 0.002)
     few: dict[str, Any] = {"contexts": (256,), "batches": (2,), "seconds": 0.01, "compile": False, "largest": False}
     found = benchmark_decode.decode(models=[SMALL], **few, device="cuda")
     assert any(c["side"] == "exact" and "milliseconds" in c for c in found["model"])
@@ -302,4 +303,4 @@ def test_decode_on_a_gpu() -> None:
 @pytest.mark.gpu
 def test_train_on_a_gpu() -> None:
     found = benchmark_train.train(model=SMALL, lengths=(256,), tokens=512, seconds=0.01, device="cuda")
-    assert found["ratio"]["256"] > 0
+    assert found["ratio"]["eager"]["256"] > 0

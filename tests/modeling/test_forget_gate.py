@@ -65,8 +65,8 @@ def compare(backend, xs, maps, config):
     rights = torch.autograd.grad((expected * weight).sum(), ys)
     for name, mine, theirs in zip(("q", "k", "v", "log_forget"), grads, rights, strict=True):
         if name == "log_forget":
-            # Sums over all earlier keys, whose errors add up: each key by itself is as exact as any gradient, and of what
-            # rounding to bfloat16 leaves in hundreds of them 1.2e-2 to 1.7e-2 were seen.
+            # Sums over all earlier keys, whose errors add up: each key by itself is as exact as any gradient, and what
+            # bfloat16 leaves in hundreds of them was 1.2e-2 to 1.7e-2.
             per_key = [x - torch.nn.functional.pad(x[..., 1:], (0, 1)) for x in (mine, theirs)]
             assert_close(*per_key, close, "grad log_forget, by key", least_scale=0.1)
             assert_close(mine, theirs, close if dtype == torch.float32 else 2 * close, "grad log_forget")

@@ -162,6 +162,8 @@ def test_backends_say_why():
         choose_backend(q, config.replace(retained=0), causal=False, backend="triton")
     with pytest.raises(ValueError, match="window=256 is above the 128"):
         choose_backend(q, config.replace(window=256), backend="triton")
+    with pytest.raises(ValueError, match=r"batch=70000 is above the 65535 .* backend='torch' can"):
+        choose_backend(q[:, :, :1].expand(70_000, -1, -1, -1), config, backend="triton")
     chosen, reason = choose_backend(q, config.replace(window=256))
     assert chosen == "torch"
     assert "window=256" in reason

@@ -99,6 +99,7 @@ def test_every_step_equals_the_recurrent_one(mode, sizes) -> None:
 def test_many_rows_are_projected_together_and_served_in_order(mode, sizes, monkeypatch) -> None:
     monkeypatch.setattr(triton_decode, "LINES", 2)
     monkeypatch.setattr(triton_decode, "MANY", 2)
+    monkeypatch.setattr(triton_decode, "GRID", 3)  # the last launch has one row
     monkeypatch.setattr(triton_decode_kernel, "ROWS", triton_decode_kernel.tl.constexpr(4))
     layer = Layer(mode, **(sizes | {"rows": 7}))
     for step in range(mode[0] + 2):
@@ -327,6 +328,14 @@ def test_real_shapes(case, dtype) -> None:
         layer.check(
             *layer.token(), active, tolerance=1e-4 if exact else 1e-2, state_tolerance=1e-4 if exact else 1e-3
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_more_rows_than_an_axis_of_the_grid_holds() -> None:
+    sizes = {"rows": 70_000, "kv_heads": 1, "group": 2, "dtype": torch.bfloat16, "device": "cuda"}
+    layer = Layer((2, 1, 2), **sizes)
+    for _ in range(5):
+        layer.check(*layer.token(), tolerance=1e-2, state_tolerance=1e-3)
 
 
 @pytest.mark.gpu
