@@ -84,7 +84,7 @@ def attention_gpu_table(name: str = "attention-gpu") -> str:
     results = load(name)
     # Lengths that were not reached have no column.
     lengths = sorted({cell["length"] for cell in results["cells"] if "milliseconds" in cell})
-    operators = ("window", "retained", "cudnn", "fla", "fla_maps", "seed")
+    operators = ("window", "retained", "pure", "cudnn", "fla", "fla_maps", "seed")
     rows = []
     for shape in dict.fromkeys(cell["shape"] for cell in results["cells"]):
         heads, _, dimension = shape.partition(",")
