@@ -59,11 +59,12 @@ def markdown(results: dict[str, Any], *, figure: str | None = None) -> str:
         tuned = (
             f" The teacher is the softmax model after next-token training on the first {tokens:,} tokens of the text."
         )
+    gate = ", a forget gate" if srf["forget_gate"] else ""
     parts = [
         f"# {Path(settings['model']).name}, distilled",
         f"{srf['num_features']} `{srf['feature_map']}` features, blocks of {srf['window']} positions, {srf['sinks']} "
-        f"sinks, {srf['retained']} retained keys. {steps:,} steps of {settings['tokens_per_step']:,} tokens towards "
-        f"the teacher's logits, in rows of {settings['length']:,}; trained: {settings['train']}.{tuned}",
+        f"sinks, {srf['retained']} retained keys{gate}. {steps:,} steps of {settings['tokens_per_step']:,} tokens "
+        f"towards the teacher's logits, in rows of {settings['length']:,}; trained: {settings['train']}.{tuned}",
         "![Losses by step](report.png)",
         "## Training",
         _training(results),

@@ -137,7 +137,7 @@ class TeacherTrainer(Trainer):
         return super().prediction_step(model, inputs, True, ignore_keys)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in `Trainer`, with the feature maps in a group of their own."""
+        """As in `Trainer`, with feature maps and forget gates in a group of their own."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if made and self.feature_learning_rate is not None:
@@ -227,8 +227,8 @@ def training_only(model: nn.Module, part: str) -> Iterator[None]:
     model : nn.Module
     part : {"all", "weights", "attention", "queries_keys", "features", "as_is"}
         Every parameter; every one but those of feature maps that are trained or learned; those of the retrofitted
-        attention layers; only their query and key projections; only their feature maps, where these are trained; or
-        those that have `requires_grad` already (PEFT).
+        attention layers; only their query and key projections; only their feature maps, where these are trained, and
+        forget gates; or those that have `requires_grad` already (PEFT).
 
     Raises
     ------
@@ -239,16 +239,17 @@ def training_only(model: nn.Module, part: str) -> Iterator[None]:
         raise ValueError(f"train must be one of {', '.join(PARTS)}, got {part!r}")
     before = [(p, p.requires_grad) for p in model.parameters()]
     layers = srf_attentions(model)
-    maps = {id(p) for layer in layers for p in layer.attn_fn.parameters()}
+    features = {id(p) for layer in layers for p in layer.attn_fn.parameters()}
+    gates = {id(p) for layer in layers if layer.attn_fn.gate is not None for p in layer.attn_fn.gate.parameters()}
     if part in ("all", "weights"):
-        chosen = {id(p) for p, _ in before} - (maps if part == "weights" else set())
+        chosen = {id(p) for p, _ in before} - (features - gates if part == "weights" else set())
     elif part == "attention":
         chosen = {id(p) for layer in layers for p in layer.parameters()}
     elif part == "queries_keys":
         names = ("q_proj.", "k_proj.", "q_norm.", "k_norm.")
         chosen = {id(p) for layer in layers for n, p in layer.named_parameters() if n.startswith(names)}
     elif part == "features":
-        chosen = maps
+        chosen = features
     else:
         chosen = {id(p) for p, trained in before if trained}
     if not chosen:

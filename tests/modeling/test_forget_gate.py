@@ -24,6 +24,7 @@ from srf_retrofit.testing import (
     tiny_llama,
 )
 from srf_retrofit.training.settling import settle_features
+from srf_retrofit.training.teacher import training_only
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -214,6 +215,16 @@ def test_training_and_settling_keep_the_gate():
     model(ids, labels=ids).loss.backward()
     assert all(float(p.grad.abs().max()) > 0 for gate in gates for p in gate.parameters())
     assert copy.deepcopy(model)(ids).logits.equal(model(ids).logits)
+
+
+def test_a_gate_is_trained_where_features_are_kept():
+    model = gated_model()
+    settle_features(model)
+    features = srf_attentions(model)[0].attn_fn
+    for part, gated in (("weights", True), ("features", True), ("queries_keys", False)):
+        with training_only(model, part):
+            assert features.gate.weight.requires_grad == gated
+            assert features.query_weight.requires_grad == (part == "features")
 
 
 def test_documents_of_a_packed_row_forget_on_their_own():

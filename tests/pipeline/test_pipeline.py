@@ -214,6 +214,10 @@ MAPS = {
     "window": ({"num_features": 0, "retained": 0}, {}),
     "retained": ({"num_features": 0, "retained": 8}, {}),
     "pure": ({"window": 0, "sinks": 0, "retained": 0}, {"settle": "freeze", "settle_share": 1.0}),
+    "gated": (
+        {"window": 0, "sinks": 0, "retained": 0, "forget_gate": True},
+        {"settle": "freeze", "settle_share": 0.0, "feature_learning_rate": 1e-2},
+    ),
 }
 
 
@@ -222,7 +226,9 @@ def test_maps_to_compare_with(tmp_path, text, name) -> None:
     srf, given = MAPS[name]
     settings = small(tmp_path / "out", text, srf=CONFIG.replace(**srf), tokens=512, eval=NOTHING, **given)
     model, results = distil(settings)
-    assert results["training"]["logits"]["steps"] == 2
+    stage = "logits-settled" if given.get("settle_share") == 0 else "logits"
+    assert results["training"][stage]["steps"] == 2
+    assert (", a forget gate." in (tmp_path / "out/report.md").read_text()) == (name == "gated")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").eval()
     assert torch.equal(logits_of(saved), logits_of(model))
 
