@@ -130,7 +130,8 @@ def srf_attention(
 
     use_tail = ablation != "no_tail" and config.num_features > 0
     with full_precision(q.device):
-        no_graph = not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+        given = [x for x in (q, k, v, log_forget) if x is not None]
+        no_graph = not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
         if length == 1 and causal and documents is None and initial_state is not None and no_graph:
             active = None if attention_mask is None else attention_mask[:, 0]
             fading = None

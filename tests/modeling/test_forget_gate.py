@@ -143,6 +143,21 @@ def test_token_by_token(backend):
     assert bool((kept == -torch.inf).all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_token_has_the_gradient_of_its_factor(backend):
+    xs = [x.detach() for x in inputs(9)]
+    factors = [xs[3], xs[3][..., -1:]]
+    for factor in factors:
+        factor.requires_grad_(True)
+    o, _ = attend((*xs[:3], factors[0]), backend=backend)
+    _, state = attend([x[:, :, :-1].detach() for x in xs], output_final_state=True, backend=backend)
+    last, _ = attend((*[x[:, :, -1:] for x in xs[:3]], factors[1]), initial_state=state, backend=backend)
+    whole, own = (
+        torch.autograd.grad(out[:, :, -1].sum(), factor)[0] for out, factor in zip((o, last), factors, strict=True)
+    )
+    assert_close(own, whole[..., -1:], 1e-5)
+
+
 def test_a_gate_that_keeps_all_is_none():
     q, k, v, _ = inputs(30)
     plain, _ = srf_attention(q, k, v, MAPS.to(DEVICE), CONFIG.replace(forget_gate=False))
