@@ -299,13 +299,17 @@ def _on_gpu(work: Work) -> bool:
 
 
 def attach_adapters(work: Work) -> None:
-    """Wrap the student in a LoRA adapter, the same at every run; a teacher that is missing is what lies below it."""
+    """Wrap the student in a LoRA adapter, the same at every run; a teacher that is missing is what lies below it.
+
+    Forget gates begin as constants and are trained whole, as a part of the adapter.
+    """
     from peft import LoraConfig, get_peft_model
 
     s = work.settings
     lora = LoraConfig(
-        r=s.lora_rank, lora_alpha=s.lora_alpha, target_modules=list(s.lora_targets), task_type="CAUSAL_LM"
-    )
+        r=s.lora_rank, lora_alpha=s.lora_alpha, target_modules=list(s.lora_targets), task_type="CAUSAL_LM",
+        modules_to_save=["attn_fn.gate"] if s.srf.forget_gate else None,
+    )  # fmt: skip
     torch.manual_seed(s.seed)
     try:
         work.student = get_peft_model(work.student, lora)

@@ -157,10 +157,11 @@ def test_settled_beforehand(tmp_path, text) -> None:
     assert model.config.srf_config.feature_map == "trained"
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_lora(tmp_path, text, merge) -> None:
+@pytest.mark.parametrize(("merge", "gate"), [(True, False), (False, False), (True, True)])
+def test_lora(tmp_path, text, merge, gate) -> None:
     given: dict[str, Any] = {"train": "lora", "lora_rank": 2, "lora_merge": merge, "learning_rate": 3e-3}
-    given |= {"srf": CONFIG.replace(window=2, sinks=1, retained=0), "tokens": 10 * 256, "eval_untrained": True}
+    srf = {"window": 0, "sinks": 0, "forget_gate": True} if gate else {"window": 2, "sinks": 1}
+    given |= {"srf": CONFIG.replace(retained=0, **srf), "tokens": 10 * 256, "eval_untrained": True}
     whole, expected = distil(small(tmp_path / "whole", text, **given))
     with pytest.raises(KeyboardInterrupt):
         distil(small(tmp_path / "out", text, **given), callbacks=[Interrupt(5)])
@@ -176,6 +177,9 @@ def test_lora(tmp_path, text, merge) -> None:
     before = evaluation.distance(byte_llama(), bare, held_out, progress=False).kl
     assert results["untrained"]["distance"]["kl"] == pytest.approx(before, rel=1e-4)
     assert torch.equal(logits_of(bare), logits_of(saved)) == (not merge)
+    if gate:
+        begun, ended = (srf_attentions(m)[0].attn_fn.gate for m in (bare, saved))
+        assert not torch.equal(begun.weight, ended.weight)
 
     from peft import PeftModel
 
