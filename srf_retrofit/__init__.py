@@ -13,7 +13,9 @@ from .modeling.attention import ablated_attention, exact_attention
 from .modeling.cache import state_bytes
 from .modeling.configuration import SRFConfig
 from .modeling.standalone import Attention
-from .surgery import RetrofitPlan, plan_retrofit, retrofit, revert
+from .plan import RetrofitPlan
+from .slots import calibrate_slots
+from .surgery import plan_retrofit, retrofit, revert
 from .tail_gain import calibrate_gain
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ __all__ = [
     "calibrate",
     "calibrate_foresight",
     "calibrate_gain",
+    "calibrate_slots",
     "exact_attention",
     "plan_retrofit",
     "resample_features",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -26,16 +27,9 @@ def observe_whole_rows(
     ValueError
         When a batch holds no token ids, or padding.
     """
-
-    def whole() -> Iterator[tuple[torch.Tensor, None]]:
-        for ids, mask in token_rows(batches, None):
-            if mask is not None and not bool(mask.all()):
-                raise ValueError("rows must hold no padding here: give whole rows, as data.pack makes them")
-            yield ids, None
-
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in hooks.items()]
     try:
-        return run_exactly(model, whole(), description)
+        return run_exactly(model, ((ids, None) for ids in whole_rows(batches)), description)
     finally:
         for handle in handles:
             handle.remove()
@@ -45,23 +39,43 @@ def run_exactly(model: nn.Module, rows: Iterable[tuple[torch.Tensor, torch.Tenso
     """The softmax model over rows (B, L) and their masks, in evaluation mode; the number of batches."""
     base = getattr(model, "base_model", model)  # the language model's head is not needed
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     count = 0
+    with torch.no_grad(), evaluating(model), exact_attention(model):
+        for ids, mask in tqdm(rows, desc=description, unit="batch", delay=2, leave=False):
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            if mask is not None:
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+            if device.type != "meta":  # weights on a disk: the model moves its inputs itself
+                inputs = {name: None if x is None else x.to(device) for name, x in inputs.items()}
+            base(**inputs, use_cache=False)
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside this context the model is in evaluation mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), exact_attention(model):
-            for ids, mask in tqdm(rows, desc=description, unit="batch", delay=2, leave=False):
-                inputs = {"input_ids": ids, "attention_mask": mask}
-                if mask is not None:
-                    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-                if device.type != "meta":  # weights on a disk: the model moves its inputs itself
-                    inputs = {name: None if x is None else x.to(device) for name, x in inputs.items()}
-                base(**inputs, use_cache=False)
-                count += 1
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    return count
+
+
+def whole_rows(batches: Any) -> Iterator[torch.Tensor]:
+    """Token ids (B, L) of batches as `token_rows` takes them.
+
+    Raises
+    ------
+    ValueError
+        When a batch holds padding.
+    """
+    for ids, mask in token_rows(batches, None):
+        if mask is not None and not bool(mask.all()):
+            raise ValueError("rows must hold no padding here: give whole rows, as data.pack makes them")
+        yield ids
 
 
 def token_rows(batches: Any, max_tokens: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -20,8 +20,8 @@ ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 # import each other, however many steps apart.
 FLOORS = [
     {"modeling", "files", "theory", "timing"},
-    {"observation", "recipes", "data", "report"},
-    {"calibration", "tail_gain", "foresight"},
+    {"observation", "recipes", "data", "report", "plan"},
+    {"calibration", "tail_gain", "foresight", "slots"},
     {"surgery", "pretrained"},
     {"training", "testing"},
     {"evaluation"},

@@ -209,5 +209,5 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "srf": layers[0].srf_config.to_dict() if layers else None,
+        "srf": dict(model.config.srf) if layers else None,
     }

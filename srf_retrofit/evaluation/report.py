@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from ..files import atomic_directory, write_json, write_text
+from ..modeling.configuration import SRFConfig
 from ..report import MODES, format_bytes, table
 from .plot import plot
 from .suite import headline
@@ -124,7 +125,7 @@ def _introduction(results: dict[str, Any]) -> str:
         return f"{text} A softmax model: its cache grows with every token."
     c = model["srf"]
     exact = "no exact keys" if not (c["window"] or c["sinks"]) else (
-        f"{c['sinks']} sinks, blocks of {c['window']} positions, {c['retained']} retained keys"
+        f"{c['sinks']} sinks, blocks of {c['window']} positions, {SRFConfig.from_dict(c).slots} retained keys"
     )  # fmt: skip
     return (
         f"{text} {state['layers']} layers attend by {c['num_features']} features (`{c['projection']}`, "

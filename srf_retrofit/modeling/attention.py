@@ -122,7 +122,7 @@ class SRFAttention(nn.Module):
         check_dropout(self.attention_dropout)
         device = next(self.k_proj.parameters()).device
         num_kv_heads = self.config.num_attention_heads // self.num_key_value_groups
-        self.srf_config = srf_config
+        self.srf_config = srf_config = srf_config.for_layer(self.layer_idx)
         self.attn_fn = feature_module(
             srf_config, self.config.num_attention_heads, num_kv_heads, self.head_dim, self.layer_idx,
             hidden_size=self.config.hidden_size, device=device,
@@ -133,6 +133,18 @@ class SRFAttention(nn.Module):
         self.exact = False
         self.ablation = None
         self.observer = None
+
+    def set_retained(self, slots: int) -> None:
+        """Let this layer retain another number of keys. A cache that it began before has another shape.
+
+        Raises
+        ------
+        ValueError
+            When the number is negative, or where a layer that retains keys shall retain none, or the other way round.
+        """
+        if bool(slots) != bool(self.srf_config.retained):
+            raise ValueError(f"retained={self.srf_config.retained} cannot become {slots}: retrofit the model anew")
+        self.srf_config = self.attn_fn.config = self.srf_config.replace(retained=slots)
 
     def use_fast_attn_(self, flag: bool) -> None:
         """The seed's switch: random features if `flag`, the original softmax attention if not."""

@@ -54,6 +54,9 @@ class SRFConfig:
         Seed of the draw; together with the step and the layer index it fixes every projection, `>= 0`.
     layers : tuple of int, optional
         Indices of the layers that carry this attention; `None` means all of them.
+    layer_retained : tuple of int, optional
+        `retained` of every layer of the model, in its order, where layers differ; layers outside `layers` are counted
+        and not looked at. `None`: `retained`, for all.
     version : int
         Version of this format. Reading a newer one is refused.
 
@@ -75,6 +78,7 @@ class SRFConfig:
     forget_gate: bool = False
     seed: int = 0
     layers: tuple[int, ...] | None = None
+    layer_retained: tuple[int, ...] | None = None
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -118,6 +122,46 @@ class SRFConfig:
             if not layers:
                 raise ValueError("layers is empty: name at least one layer, or None for all of them")
             object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+        if self.layer_retained is not None:
+            counts = tuple(self.layer_retained)
+            if any(isinstance(h, bool) or not isinstance(h, int) or h < 0 for h in counts):
+                raise ValueError(f"layer_retained must be non-negative integers, got {counts!r}")
+            if any(counts) and not (self.window and self.retained):
+                raise ValueError(
+                    "layer_retained spreads slots over the layers of a form that has some: it needs window >= 1 and "
+                    f"retained >= 1, got window={self.window}, retained={self.retained}"
+                )
+            object.__setattr__(self, "layer_retained", counts)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Refuse a model of another number of layers than this configuration speaks of.
+
+        Raises
+        ------
+        ValueError
+        """
+        beyond = [i for i in self.layers or () if i >= num_layers]
+        if beyond:
+            raise ValueError(f"srf names layer(s) {beyond}, but the model has {num_layers} layers")
+        if self.layer_retained is not None and len(self.layer_retained) != num_layers:
+            raise ValueError(
+                f"srf has layer_retained for {len(self.layer_retained)} layers, but the model has {num_layers}: give "
+                "one number for each"
+            )
+
+    def for_layer(self, layer_idx: int) -> SRFConfig:
+        """The configuration of one layer, whose `retained` is its own."""
+        if self.layer_retained is None:
+            return self
+        return self.replace(retained=self.layer_retained[layer_idx], layer_retained=None)
+
+    @property
+    def slots(self) -> str:
+        """`retained` to be read: of all layers, or from the least to the most of any, with the mean."""
+        if self.layer_retained is None:
+            return str(self.retained)
+        chosen = [h for i, h in enumerate(self.layer_retained) if self.is_retrofitted(i)]
+        return f"{min(chosen)} to {max(chosen)} (mean {sum(chosen) / len(chosen):.0f})"
 
     @property
     def is_pure(self) -> bool:
@@ -127,7 +171,9 @@ class SRFConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of JSON types; `SRFConfig.from_dict` reads it back to an equal configuration."""
         out = dataclasses.asdict(self)
-        out["layers"] = None if self.layers is None else list(self.layers)
+        for name in ("layers", "layer_retained"):
+            value = getattr(self, name)
+            out[name] = None if value is None else list(value)
         return out
 
     @classmethod
@@ -156,8 +202,9 @@ class SRFConfig:
             raise ValueError(
                 f"unknown SRF configuration field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
-        if isinstance(data.get("layers"), list):
-            data["layers"] = tuple(data["layers"])
+        for name in ("layers", "layer_retained"):
+            if isinstance(data.get(name), list):
+                data[name] = tuple(data[name])
         return cls(**data)
 
     @property

@@ -59,9 +59,7 @@ class SRFConfigMixin:
         srf = SRFConfig.from_dict({} if self.srf is None else self.srf)
         self.srf = srf.to_dict()
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        beyond = [i for i in srf.layers or () if i >= self.num_hidden_layers]
-        if beyond:
-            raise ValueError(f"srf names layer(s) {beyond}, but the model has {self.num_hidden_layers} layers")
+        srf.check_depth(self.num_hidden_layers)
 
     @property
     def srf_config(self: Any) -> SRFConfig:

@@ -197,7 +197,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
                 **{n: sizes[n] for n in names},
             )  # fmt: skip
         # In the given order rows lie along the grid's second axis.
-        for rows in order.split(GRID) if projected else [None]:
+        for rows in [None] if order is None else order.split(GRID):
             decode_kernel[(b, g) if rows is None else (g, len(rows))](
                 q, k, v, out, mask, query_logs, rows, *state, *maps, scaling, scaling**0.5,
                 q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_stride, **sizes,

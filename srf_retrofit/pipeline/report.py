@@ -9,6 +9,7 @@ from typing import Any
 from ..evaluation import plot as evaluation_plot
 from ..evaluation import report as evaluation_report
 from ..files import write_json, write_text
+from ..modeling.configuration import SRFConfig
 from ..report import table
 
 _COLOURS = {"tune": "#6a994e", "transfer": "#e08e45", "logits": "#2a6f97", "logits-settled": "#7b5ea7"}
@@ -52,6 +53,7 @@ def write_distillation(results: dict[str, Any], directory: str | Path) -> Path:
 def markdown(results: dict[str, Any], *, figure: str | None = None) -> str:
     """The whole page; `figure` is the path of the evaluation's picture."""
     settings, srf = results["settings"], results["settings"]["srf"]
+    spread = results["retrofit"].get("slots")
     steps = settings["tokens"] // settings["tokens_per_step"]
     tuned = ""
     if "tune" in results["training"]:
@@ -60,11 +62,13 @@ def markdown(results: dict[str, Any], *, figure: str | None = None) -> str:
             f" The teacher is the softmax model after next-token training on the first {tokens:,} tokens of the text."
         )
     gate = ", a forget gate" if srf["forget_gate"] else ""
+    slots = f"{SRFConfig.from_dict(srf).slots} retained keys{' on average' if spread else ''}"
     parts = [
         f"# {Path(settings['model']).name}, distilled",
         f"{srf['num_features']} `{srf['feature_map']}` features, blocks of {srf['window']} positions, {srf['sinks']} "
-        f"sinks, {srf['retained']} retained keys{gate}. {steps:,} steps of {settings['tokens_per_step']:,} tokens "
+        f"sinks, {slots}{gate}. {steps:,} steps of {settings['tokens_per_step']:,} tokens "
         f"towards the teacher's logits, in rows of {settings['length']:,}; trained: {settings['train']}.{tuned}",
+        *([f"{spread}."] if spread else []),
         "![Losses by step](report.png)",
         "## Training",
         _training(results),

@@ -186,9 +186,9 @@ def _check_models(
     layers = srf_attentions(model)
     if not layers:
         plan_retrofit(model, settings.srf)
-    elif layers[0].srf_config.replace(layers=None) != settings.srf.replace(layers=None):
+    elif (found := model.config.srf_config).replace(layers=None) != settings.srf.replace(layers=None):
         raise ValueError(
-            f"the model is retrofitted already, with {layers[0].srf_config}: give the same srf to train it further, or "
+            f"the model is retrofitted already, with {found}: give the same srf to train it further, or "
             "start from the softmax model"
         )
     if layers and settings.tune_tokens:

@@ -24,8 +24,8 @@ EXACT = "exact"
 _NOT_OF_EVALUATION = ("model", "teacher", "text", "text_field", "all_text", "device", "dtype", "output", "overwrite")
 _LEAST = {
     "length": 2, "tokens": 1, "tokens_per_step": 1, "batch_size": 1, "calibration_tokens": 1, "transfer_tokens": 0,
-    "tune_tokens": 0, "lora_rank": 1, "lora_alpha": 1, "chunk_size": 1, "save_every": 0, "seed": 0, "max_epochs": 1,
-    "warmup_steps": 0,
+    "spread_tokens": 0, "tune_tokens": 0, "lora_rank": 1, "lora_alpha": 1, "chunk_size": 1, "save_every": 0, "seed": 0,
+    "max_epochs": 1, "warmup_steps": 0,
 }  # fmt: skip
 
 
@@ -72,6 +72,9 @@ class DistillSettings:
     foresee : bool
         Whether slots go by a forecast, see `foresight.calibrate_foresight`; on the calibration tokens, where rows are
         long enough.
+    spread_tokens : int
+        Calibration tokens by which slots are spread over the layers, see `slots.calibrate_slots`: two forward passes a
+        layer over them. 0: every layer has as many.
     tune_tokens, tune_learning_rate
         Before anything else, next-token training of the softmax model on the text: it is then the teacher, and knows
         what the student is taught on. 0 tokens leave it out.
@@ -145,6 +148,7 @@ class DistillSettings:
     calibration_tokens: int = 16384
     weigh_features: bool = True
     foresee: bool = True
+    spread_tokens: int = 0
     tune_tokens: int = 0
     tune_learning_rate: float = 1e-4
     transfer_tokens: int = 0

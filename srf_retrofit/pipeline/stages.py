@@ -23,6 +23,7 @@ from ..files import atomic_directory
 from ..foresight import calibrate_foresight, least_row
 from ..modeling.attention import srf_attentions
 from ..recipes import to_dict
+from ..slots import calibrate_slots
 from ..surgery import plan_retrofit, retrofit
 from ..tail_gain import calibrate_gain
 from ..training.distillation import distill
@@ -123,6 +124,10 @@ def run_retrofit(work: Work, number: int) -> dict[str, Any]:
         if s.foresee and s.srf.retained and s.length > least_row(s.srf):
             result["foresight"] = str(calibrate_foresight(student, rows))
             work.say(result["foresight"])
+        if s.spread_tokens and s.srf.retained:
+            few = work.text.calibration.first(max(1, s.spread_tokens // s.length))
+            result["slots"] = str(calibrate_slots(student, few.batches(s.batch_size)))
+            work.say(result["slots"])
         if s.random_features:
             report = calibrate(student, rows, geometry=s.geometry, max_tokens=None)
             work.say(str(report))

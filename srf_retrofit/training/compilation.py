@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..modeling.attention import SRFAttention
@@ -27,7 +28,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def compiled_layers(*models: nn.Module, backend: str = "inductor") -> Iterator[None]:
     """Inside this context the decoder layers of these models run compiled, each as one graph without breaks.
 
-    Shapes are compiled for as they come: rows of one length compile once, forward with and without gradients being two.
+    Shapes are compiled for as they come: rows of one length compile once, forward with and without gradients being two,
+    and so do layers that retain as many keys as one another.
     Weights, names, `state_dict` and copies of the models know nothing of it. Layers whose attention runs on the PyTorch
     core (`ops.choose_backend`) are left as they are: its loop over segments would be unrolled.
 
@@ -56,6 +58,9 @@ def compiled_layers(*models: nn.Module, backend: str = "inductor") -> Iterator[N
             )
         chosen += [layer for layer in layers if _is_opaque(layer.self_attn)]
     before = [layer._compiled_call_impl for layer in chosen]
+    kinds = {layer.self_attn.srf_config for layer in chosen if isinstance(layer.self_attn, SRFAttention)}
+    # All layers share one function, whose graphs are counted: as many are let for every kind as there are for one.
+    limit = torch._dynamo.config.recompile_limit * max(1, len(kinds))
     hooks = []
     try:
         for layer in chosen:
@@ -65,7 +70,8 @@ def compiled_layers(*models: nn.Module, backend: str = "inductor") -> Iterator[N
             features = [module for module in model.modules() if isinstance(module, SRFFeatures)]
             if features:
                 hooks.append(model.register_forward_pre_hook(lambda *_, features=features: _fold(features)))
-        yield
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

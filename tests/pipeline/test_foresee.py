@@ -1,10 +1,11 @@
-"""Foresight as a part of a distillation."""
+"""Foresight, and slots by layer, as parts of a distillation."""
 
 from __future__ import annotations
 
 from builders import CONFIG
 from distill_runs import small, write_text
 from toy_tokenizers import byte_llama, byte_tokenizer
+from transformers import AutoModelForCausalLM
 
 from srf_retrofit.foresight import least_row
 from srf_retrofit.modeling.attention import srf_attentions
@@ -25,3 +26,18 @@ def test_slots_are_foreseen_where_rows_are_long_enough(tmp_path) -> None:
         fitted = [bool((table != no_foresight(*table.shape[:1], 16)).any()) for table in tables]
         assert fitted == [name == "long"] * len(tables)
         assert ("foresight" in results["retrofit"]) == (name == "long")
+
+
+def test_slots_are_spread_over_layers(tmp_path) -> None:
+    text = write_text(tmp_path)
+    settings = small(
+        tmp_path / "out", text, srf=CONFIG.replace(retained=8), spread_tokens=256, train="all", tokens=512,
+    )  # fmt: skip
+    model, results = distill_model(byte_llama(), byte_tokenizer(), settings, progress=False)
+    counts = [layer.srf_config.retained for layer in srf_attentions(model)]
+    assert set(counts) <= {4, 6, 8, 12, 16}
+    assert sum(counts) <= 8 * len(counts)
+    assert results["retrofit"]["slots"] in (tmp_path / "out/report.md").read_text()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    assert [layer.srf_config.retained for layer in srf_attentions(saved)] == counts
+    assert results["evaluation"]["model"]["srf"]["layer_retained"] == counts

@@ -61,6 +61,30 @@ def test_one_graph_for_all_layers_with_the_same_results_and_with_new_features() 
     assert not model._forward_pre_hooks
 
 
+def test_layers_that_retain_differently_are_compiled_one_by_one() -> None:
+    """More kinds of layers than Dynamo lets a function have graphs by default."""
+    torch.compiler.reset()
+    slots = tuple(range(1, 11))
+    config = SRFConfig(num_features=16, window=8, sinks=0, retained=4, layer_retained=slots)
+    model = retrofit(tiny_llama(num_hidden_layers=len(slots)), config)
+    for layer in srf_attentions(model):
+        layer.backend = "triton"
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    ids = torch.randint(3, 90, (1, 20))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        with compiled_layers(model, backend=count):
+            found = model(ids, use_cache=False).logits
+    assert len(graphs) == len(slots)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.config.recompile_limit < len(slots)
+
+
 def test_layers_on_the_pytorch_core_stay_eager_and_their_softmax_teacher_does_not() -> None:
     model = student("torch")
     teacher = frozen_copy(model)
