@@ -43,6 +43,7 @@ from srf_retrofit.foresight import calibrate_foresight
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import SRFFeatures
 from srf_retrofit.pretrained import load_smollm2
+from srf_retrofit.slots import calibrate_slots
 from srf_retrofit.tail_gain import calibrate_gain
 from srf_retrofit.training.distillation import distill
 from srf_retrofit.training.settling import settle_features
@@ -130,6 +131,8 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
         out["foresight"] = str(
             calibrate_foresight(model, rows_seen.batches(2), factor=run["foresight"].get("factor", 1.0))
         )
+    if run.get("spread"):
+        out["slots"] = str(calibrate_slots(model, blocks.first(run["spread"]["rows"]).batches(1)))
     if run.get("settle"):
         settle_features(model)
     return model

@@ -65,7 +65,8 @@ def calibrate_slots(model: PreTrainedModel, batches: Any) -> SlotsReport:
     """Spread the slots of all layers by what each loses without them, in place; their total does not grow.
 
     Every layer gets between half and twice the mean of all. Costs two forward passes a layer over the batches. Call it
-    after `calibrate_foresight`, which decides what the slots are filled with. Caches begun before cannot be continued.
+    after `calibrate_foresight` and `calibrate`, which decide what slots are filled with and what is left to them, and
+    before `calibrate_gain`. Caches begun before cannot be continued.
 
     Parameters
     ----------

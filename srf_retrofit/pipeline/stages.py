@@ -124,18 +124,18 @@ def run_retrofit(work: Work, number: int) -> dict[str, Any]:
         if s.foresee and s.srf.retained and s.length > least_row(s.srf):
             result["foresight"] = str(calibrate_foresight(student, rows))
             work.say(result["foresight"])
-        if s.spread_tokens and s.srf.retained:
-            few = work.text.calibration.first(max(1, s.spread_tokens // s.length))
-            result["slots"] = str(calibrate_slots(student, few.batches(s.batch_size)))
-            work.say(result["slots"])
         if s.random_features:
             report = calibrate(student, rows, geometry=s.geometry, max_tokens=None)
             work.say(str(report))
             result["calibration"] = str(report)
-            if s.weigh_features and not s.srf.is_pure:
-                gain = calibrate_gain(student, rows)
-                work.say(str(gain))
-                result["gains"] = {"before": gain.before, "after": gain.after, "summary": str(gain)}
+        if s.spread_tokens and s.srf.retained:
+            few = work.text.calibration.first(max(1, s.spread_tokens // s.length))
+            result["slots"] = str(calibrate_slots(student, few.batches(s.batch_size)))
+            work.say(result["slots"])
+        if s.random_features and s.weigh_features and not s.srf.is_pure:
+            gain = calibrate_gain(student, rows)
+            work.say(str(gain))
+            result["gains"] = {"before": gain.before, "after": gain.after, "summary": str(gain)}
     elif work.teacher is None and not shares_teacher(s):
         work.teacher = frozen_copy(student)
     result["state"] = state_cost(student)
