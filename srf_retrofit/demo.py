@@ -29,6 +29,7 @@ from .foresight import calibrate_foresight, least_row
 from .modeling.configuration import SRFConfig
 from .pretrained import SMOLLM2, load_model
 from .report import write_report
+from .slots import calibrate_slots
 from .surgery import plan_retrofit, retrofit
 from .tail_gain import calibrate_gain
 from .timing import versions
@@ -69,7 +70,8 @@ class DemoSettings:
     `steps` optimizer steps of `batch_size` blocks of `length` tokens, at `learning_rate` with linear warm-up and
     cosine decay. `resample` says when features are drawn anew, see `ResampleSchedule`; `weigh_tokens` calibration
     tokens decide how loud each head's features are, see `tail_gain`, and 0 leaves them as they are. With `foresee`
-    the calibration tokens also say which keys are worth a slot, see `foresight`.
+    the calibration tokens also say which keys are worth a slot, see `foresight`, and `spread_tokens` of them how many
+    slots each layer gets, see `slots`; 0: as many as any other.
     """
 
     model: str = SMOLLM2
@@ -81,6 +83,7 @@ class DemoSettings:
     calibration_tokens: int = 4096
     weigh_tokens: int = 1024
     foresee: bool = True
+    spread_tokens: int = 2048
     steps: int = 28
     batch_size: int = 1
     length: int = 512
@@ -95,7 +98,14 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         least = {"calibration_tokens": 1, "steps": 1, "batch_size": 1, "length": 2, "eval_tokens": 2}
-        for name, bound in {**least, "error_tokens": 2, "new_tokens": 1, "seed": 0, "weigh_tokens": 0}.items():
+        for name, bound in {
+            **least,
+            "error_tokens": 2,
+            "new_tokens": 1,
+            "seed": 0,
+            "weigh_tokens": 0,
+            "spread_tokens": 0,
+        }.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -162,6 +172,10 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         stage.say(str(report))
         if settings.foresee and settings.srf.retained and settings.length > least_row(settings.srf):
             stage.say(str(calibrate_foresight(student, calibration.batches(1), factor=None)))
+        if settings.spread_tokens and settings.srf.retained:
+            few = calibration.first(max(1, settings.spread_tokens // settings.length))
+            stage.say(str(calibrate_slots(student, few.batches(1))))
+            results["config"] = dict(student.config.srf)
         if settings.weigh_tokens and settings.srf.feature_map == "random" and settings.srf.num_features:
             few = calibration.first(max(1, settings.weigh_tokens // settings.length))
             stage.say(str(calibrate_gain(student, few.batches(1))))

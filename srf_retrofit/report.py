@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_json, write_text
+from .modeling.configuration import SRFConfig
 
 MODELS = {"teacher": "teacher (softmax)", "zero_shot": "retrofitted, untrained", "tuned": "retrofitted, tuned"}
 MODES = {
@@ -86,7 +87,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"# {results['model']}, retrofitted",
         f"Every softmax attention layer replaced by {config['projection']} random features: "
         f"{config['num_features']} features, blocks of {config['window']} positions, {config['sinks']} sinks, "
-        f"{config['retained']} retained keys. Trained for {settings['steps']} steps of {settings['train_tokens']:,} "
+        f"{SRFConfig.from_dict(config).slots} retained keys. Trained for {settings['steps']} steps of {settings['train_tokens']:,} "
         f"tokens in all on {settings['text']}, from the teacher's logits.",
         "![Perplexity, memory, time per token and error per head](report.png)",
         "## Quality on held-out text",
