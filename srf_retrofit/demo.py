@@ -97,15 +97,9 @@ class DemoSettings:
     srf: SRFConfig = field(default_factory=lambda: SRFConfig(num_features=16, retained=120, state_dtype="bfloat16"))
 
     def __post_init__(self) -> None:
-        least = {"calibration_tokens": 1, "steps": 1, "batch_size": 1, "length": 2, "eval_tokens": 2}
-        for name, bound in {
-            **least,
-            "error_tokens": 2,
-            "new_tokens": 1,
-            "seed": 0,
-            "weigh_tokens": 0,
-            "spread_tokens": 0,
-        }.items():
+        least = {"calibration_tokens": 1, "steps": 1, "batch_size": 1, "length": 2, "eval_tokens": 2, "error_tokens": 2}
+        least |= {"new_tokens": 1, "seed": 0, "weigh_tokens": 0, "spread_tokens": 0}
+        for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
