@@ -80,10 +80,14 @@ def calibrate_slots(model: PreTrainedModel, batches: Any) -> SlotsReport:
 
     Raises
     ------
+    TypeError
+        When the model is wrapped, by PEFT for example.
     ValueError
         When no layer retains keys, there is no head for the next token, no batch, a row holds padding, or what is
         found is not finite. Nothing is changed then.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a Transformers model, got {type(model).__name__}: give the model inside it")
     layers = [layer for layer in srf_attentions(model) if layer.srf_config.retained]
     if not layers:
         raise ValueError("no layer retains keys (retained=0): there are no slots to spread")

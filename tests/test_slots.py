@@ -151,6 +151,8 @@ def test_refusals(blocks) -> None:
         calibrate_slots(model, [])
     with pytest.raises(ValueError, match="predicts no token"):
         calibrate_slots(model.model, blocks.batches(1))
+    with pytest.raises(TypeError, match="got Sequential: give the model inside it"):
+        calibrate_slots(torch.nn.Sequential(model), blocks.batches(1))
     mask = torch.ones(1, 120, dtype=torch.int64)
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="rows must hold no padding"):
