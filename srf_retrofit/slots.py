@@ -1,6 +1,6 @@
 """Slots where they are missed: how many keys each layer retains, at one total for the model.
 
-Layers differ by a factor of forty in what the model loses with the keys that one of them drops. To second order an
+Layers differ by a factor of eighty in what the model loses with the keys that one of them drops. To second order an
 error `e` of a layer's output costs `KL = 1/2 E (g . e)^2`, with `g` the gradient of the log-probability of a token that
 is drawn from the softmax model's own prediction (the Fisher information, 1412.1193, section 5). So one pass forward and
 one back through the softmax model, and each layer's output with each number of slots, say what every number costs
