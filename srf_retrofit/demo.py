@@ -150,7 +150,6 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         calibration, training, held_out = _blocks(settings, tokenizer)
     results: dict[str, Any] = {
         "model": Path(teacher.config._name_or_path or settings.model).name,
-        "config": settings.srf.to_dict(),
         "settings": {
             **recipes.to_dict(settings),
             "text": settings.text or "the Python language reference",
@@ -169,10 +168,10 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         if settings.spread_tokens and settings.srf.retained:
             few = calibration.first(max(1, settings.spread_tokens // settings.length))
             stage.say(str(calibrate_slots(student, few.batches(1))))
-            results["config"] = dict(student.config.srf)
         if settings.weigh_tokens and settings.srf.feature_map == "random" and settings.srf.num_features:
             few = calibration.first(max(1, settings.weigh_tokens // settings.length))
             stage.say(str(calibrate_gain(student, few.batches(1))))
+        results["config"] = dict(student.config.srf)
     with stage("judge_before"):
         results["perplexity"] = {"teacher": judge(teacher, held_out, ("full",), quiet)}
         results["perplexity"]["zero_shot"] = judge(student, held_out, JUDGED, quiet)

@@ -81,7 +81,7 @@ class RetrofitPlan:
         c = self.config
         kind = c.projection if c.feature_map == "random" else c.feature_map
         pure = f"none (pure form{', with a forget gate' if c.forget_gate else ''})"
-        exact = pure if c.is_pure else f"{c.sinks} sinks, window {c.window}, {c.slots} retained"
+        exact = pure if c.is_pure else f"{c.sinks} sinks, window {c.window}, {c.retained_text} retained"
         rows = [
             ("model", f"{self.model_class} -> {self.target_class} ({self.dtype})"),
             ("retrofitted layers", f"{len(self.layers)} of {self.num_layers}: {_ranges(self.layers)}"),

@@ -87,7 +87,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"# {results['model']}, retrofitted",
         f"Every softmax attention layer replaced by {config['projection']} random features: "
         f"{config['num_features']} features, blocks of {config['window']} positions, {config['sinks']} sinks, "
-        f"{SRFConfig.from_dict(config).slots} retained keys. Trained for {settings['steps']} steps of "
+        f"{SRFConfig.from_dict(config).retained_text} retained keys. Trained for {settings['steps']} steps of "
         f"{settings['train_tokens']:,} tokens in all on {settings['text']}, from the teacher's logits.",
         "![Perplexity, memory, time per token and error per head](report.png)",
         "## Quality on held-out text",

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .modeling.attention import SRFAttention, exact_attention, srf_attentions
+from .modeling.attention import SRFAttention, exact_attention, record, srf_attentions
 from .modeling.fused_attention import MAX_RETAINED
 from .observation import evaluating, whole_rows
 
@@ -116,12 +116,8 @@ def calibrate_slots(model: PreTrainedModel, batches: Any) -> SlotsReport:
     spread = spread_slots({i: [cost[i][h] for h in levels] for i in cost}, levels, total)
     for layer in layers:
         layer.set_retained(spread[layer.layer_idx])
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module.config, "srf", None):
-            srf = module.config.srf_config
-            all_layers = range(module.config.num_hidden_layers)
-            counts = tuple(spread.get(i, srf.for_layer(i).retained) for i in all_layers)
-            module.config.srf = srf.replace(layer_retained=counts).to_dict()
+    srf, all_layers = model.config.srf_config, range(model.config.num_hidden_layers)
+    record(model, layer_retained=tuple(spread.get(i, srf.for_layer(i).retained) for i in all_layers))
     return SlotsReport(
         spread, cost, sum(cost[i][h] for i, h in before.items()), sum(cost[i][h] for i, h in spread.items()), tokens
     )

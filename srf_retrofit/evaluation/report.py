@@ -125,7 +125,7 @@ def _introduction(results: dict[str, Any]) -> str:
         return f"{text} A softmax model: its cache grows with every token."
     c = model["srf"]
     exact = "no exact keys" if not (c["window"] or c["sinks"]) else (
-        f"{c['sinks']} sinks, blocks of {c['window']} positions, {SRFConfig.from_dict(c).slots} retained keys"
+        f"{c['sinks']} sinks, blocks of {c['window']} positions, {SRFConfig.from_dict(c).retained_text} retained keys"
     )  # fmt: skip
     return (
         f"{text} {state['layers']} layers attend by {c['num_features']} features (`{c['projection']}`, "

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralAttention
@@ -268,6 +269,26 @@ def check_dropout(probability: float | None) -> None:
 def srf_attentions(model: nn.Module) -> list[SRFAttention]:
     """The layers of a model that carry random features, in order; empty for a softmax model."""
     return [module for module in model.modules() if isinstance(module, SRFAttention)]
+
+
+def record(model: nn.Module, **changes: Any) -> None:
+    """Write what retrofitted layers have become into the configurations that a checkpoint is saved with.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With retrofitted layers, wrapped or not.
+    **changes
+        Fields of `SRFConfig`.
+
+    Raises
+    ------
+    ValueError
+        As `SRFConfig`; nothing is changed then.
+    """
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and getattr(m.config, "srf", None)]
+    for config in {id(part.config): part.config for part in parts}.values():
+        config.srf = config.srf_config.replace(**changes).to_dict()
 
 
 @contextlib.contextmanager

@@ -156,7 +156,7 @@ class SRFConfig:
         return self.replace(retained=self.layer_retained[layer_idx], layer_retained=None)
 
     @property
-    def slots(self) -> str:
+    def retained_text(self) -> str:
         """`retained` to be read: of all layers, or from the least to the most of any, with the mean."""
         if self.layer_retained is None:
             return str(self.retained)

@@ -62,7 +62,7 @@ def markdown(results: dict[str, Any], *, figure: str | None = None) -> str:
             f" The teacher is the softmax model after next-token training on the first {tokens:,} tokens of the text."
         )
     gate = ", a forget gate" if srf["forget_gate"] else ""
-    slots = f"{SRFConfig.from_dict(srf).slots} retained keys{' on average' if spread else ''}"
+    slots = f"{SRFConfig.from_dict(srf).retained_text} retained keys{' on average' if spread else ''}"
     parts = [
         f"# {Path(settings['model']).name}, distilled",
         f"{srf['num_features']} `{srf['feature_map']}` features, blocks of {srf['window']} positions, {srf['sinks']} "

@@ -73,8 +73,8 @@ class DistillSettings:
         Whether slots go by a forecast, see `foresight.calibrate_foresight`; on the calibration tokens, where rows are
         long enough.
     spread_tokens : int
-        Calibration tokens by which slots are spread over the layers, see `slots.calibrate_slots`: two forward passes a
-        layer over them. 0: every layer has as many.
+        Calibration tokens by which slots are spread over the layers, see `calibration.slots`; 0: every layer has as
+        many.
     tune_tokens, tune_learning_rate
         Before anything else, next-token training of the softmax model on the text: it is then the teacher, and knows
         what the student is taught on. 0 tokens leave it out.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..modeling.attention import SRFAttention, srf_attentions
+from ..modeling.attention import SRFAttention, record, srf_attentions
 from ..modeling.features import SRFFeatures
 from ..modeling.learned_maps import LearnedMaps
 
@@ -40,9 +39,7 @@ def settle_features(model: nn.Module) -> int:
     for layer, settled in zip(layers, maps, strict=True):
         layer.attn_fn = settled.train(layer.training)
         layer.srf_config = settled.config
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module.config, "srf", None):
-            module.config.srf = {**module.config.srf, "feature_map": "trained"}
+    record(model, feature_map="trained")
     return len(layers)
 
 
