@@ -33,18 +33,16 @@ from transformers import TrainerCallback
 
 from srf_retrofit import SRFConfig, calibrate, retrofit
 from srf_retrofit.bench.measurement import environment
+from srf_retrofit.calibration import calibrate_foresight, calibrate_gain, calibrate_slots
 from srf_retrofit.data import TokenBlocks, load_documents, read_documents, tokenise
 from srf_retrofit.evaluation.choices import read_items, score_items
 from srf_retrofit.evaluation.long_text import length_perplexity
 from srf_retrofit.evaluation.recall import copy_by_distance, passkey_grid, word_tokens
 from srf_retrofit.evaluation.suite import state_cost
 from srf_retrofit.files import write_json
-from srf_retrofit.foresight import calibrate_foresight
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import SRFFeatures
 from srf_retrofit.pretrained import load_smollm2
-from srf_retrofit.slots import calibrate_slots
-from srf_retrofit.tail_gain import calibrate_gain
 from srf_retrofit.training.distillation import distill
 from srf_retrofit.training.settling import settle_features
 

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .calibration import calibrate
-from .foresight import calibrate_foresight
+from .calibration import calibrate, calibrate_foresight, calibrate_gain, calibrate_slots
 from .modeling.attention import ablated_attention, exact_attention
 from .modeling.cache import state_bytes
 from .modeling.configuration import SRFConfig
 from .modeling.standalone import Attention
 from .plan import RetrofitPlan
-from .slots import calibrate_slots
 from .surgery import plan_retrofit, retrofit, revert
-from .tail_gain import calibrate_gain
 
 if TYPE_CHECKING:
     from .training.callbacks import ResampleFeaturesCallback, resample_features

@@ -21,17 +21,22 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from . import recipes
-from .calibration import DEFAULT_GEOMETRY, GEOMETRIES, calibrate
+from .calibration import (
+    DEFAULT_GEOMETRY,
+    GEOMETRIES,
+    calibrate,
+    calibrate_foresight,
+    calibrate_gain,
+    calibrate_slots,
+    least_row,
+)
 from .data import TextParts, TokenBlocks, load_documents, pack, split_documents
 from .evaluation import perplexity as evaluation
 from .files import atomic_directory, check_writable
-from .foresight import calibrate_foresight, least_row
 from .modeling.configuration import SRFConfig
 from .pretrained import SMOLLM2, load_model
 from .report import write_report
-from .slots import calibrate_slots
 from .surgery import plan_retrofit, retrofit
-from .tail_gain import calibrate_gain
 from .timing import versions
 from .training.callbacks import ResampleFeaturesCallback, ResampleSchedule
 from .training.distillation import DistillationTrainer
@@ -69,9 +74,9 @@ class DemoSettings:
 
     `steps` optimizer steps of `batch_size` blocks of `length` tokens, at `learning_rate` with linear warm-up and
     cosine decay. `resample` says when features are drawn anew, see `ResampleSchedule`; `weigh_tokens` calibration
-    tokens decide how loud each head's features are, see `tail_gain`, and 0 leaves them as they are. With `foresee`
-    the calibration tokens also say which keys are worth a slot, see `foresight`, and `spread_tokens` of them how many
-    slots each layer gets, see `slots`; 0: as many as any other.
+    tokens decide how loud each head's features are, and 0 leaves them as they are. With `foresee` the calibration
+    tokens also say which keys are worth a slot, and `spread_tokens` of them how many slots each layer gets; 0: as many
+    as any other. See `calibration`.
     """
 
     model: str = SMOLLM2

@@ -20,8 +20,7 @@ ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 # import each other, however many steps apart.
 FLOORS = [
     {"modeling", "files", "theory", "timing"},
-    {"observation", "recipes", "data", "report", "plan"},
-    {"calibration", "tail_gain", "foresight", "slots"},
+    {"calibration", "recipes", "data", "report", "plan"},
     {"surgery", "pretrained"},
     {"training", "testing"},
     {"evaluation"},

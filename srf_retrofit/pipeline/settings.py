@@ -68,9 +68,9 @@ class DistillSettings:
     recall_share : float
         Share of rows that ask for what stood far back (`recall_data`), in [0, 1).
     geometry, calibration_tokens, weigh_features
-        See `calibration.calibrate` and `tail_gain.calibrate_gain`; for random features.
+        See `calibration.calibrate` and `calibration.calibrate_gain`; for random features.
     foresee : bool
-        Whether slots go by a forecast, see `foresight.calibrate_foresight`; on the calibration tokens, where rows are
+        Whether slots go by a forecast, see `calibration.foresight`; on the calibration tokens, where rows are
         long enough.
     spread_tokens : int
         Calibration tokens by which slots are spread over the layers, see `calibration.slots`; 0: every layer has as

@@ -17,15 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..calibration import calibrate
+from ..calibration import calibrate, calibrate_foresight, calibrate_gain, calibrate_slots, least_row
 from ..evaluation.suite import check, evaluate_model, state_cost
 from ..files import atomic_directory
-from ..foresight import calibrate_foresight, least_row
 from ..modeling.attention import srf_attentions
 from ..recipes import to_dict
-from ..slots import calibrate_slots
 from ..surgery import plan_retrofit, retrofit
-from ..tail_gain import calibrate_gain
 from ..training.distillation import distill
 from ..training.guards import last_checkpoint
 from ..training.settling import settle_features

@@ -7,7 +7,7 @@ from distill_runs import small, write_text
 from toy_tokenizers import byte_llama, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
-from srf_retrofit.foresight import least_row
+from srf_retrofit.calibration import least_row
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import no_foresight
 from srf_retrofit.pipeline.run import distill_model

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .modeling.attention import SRFAttention, exact_attention
+from ..modeling.attention import SRFAttention, exact_attention
 
 
 def observe_whole_rows(

@@ -7,11 +7,11 @@ import torch
 from builders import CONFIG, build
 
 from srf_retrofit import SRFConfig, calibrate, retrofit
+from srf_retrofit.calibration.gain import GAINS, _HeadErrors, calibrate_gain
 from srf_retrofit.data import TokenBlocks
 from srf_retrofit.evaluation.perplexity import head_errors
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.ops import srf_attention
-from srf_retrofit.tail_gain import GAINS, _HeadErrors, calibrate_gain
 
 
 @pytest.fixture

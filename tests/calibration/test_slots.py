@@ -10,10 +10,16 @@ import torch
 from builders import CONFIG, PURE, build
 
 from srf_retrofit import SRFConfig, plan_retrofit, retrofit, revert
+from srf_retrofit.calibration.slots import (
+    _gradients,
+    _levels,
+    _weights_without_gradients,
+    calibrate_slots,
+    spread_slots,
+)
 from srf_retrofit.data import TokenBlocks
 from srf_retrofit.evaluation.suite import state_cost
 from srf_retrofit.modeling.attention import exact_attention, srf_attentions
-from srf_retrofit.slots import _gradients, _levels, _weights_without_gradients, calibrate_slots, spread_slots
 from srf_retrofit.training.settling import settle_features
 
 CONFIG = CONFIG.replace(retained=8)

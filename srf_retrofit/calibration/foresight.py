@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modeling.attention import SRFAttention, srf_attentions
-from .modeling.configuration import LEVELS, SRFConfig
-from .modeling.retention import LEAST_LEVEL, round_priority
+from ..modeling.attention import SRFAttention, srf_attentions
+from ..modeling.configuration import LEVELS, SRFConfig
+from ..modeling.retention import LEAST_LEVEL, round_priority
 from .observation import observe_whole_rows
 
 # Attention is summed over so many tokens after the window; keys with fewer to come teach nothing.

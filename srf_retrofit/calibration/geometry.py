@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .modeling.attention import SRFAttention
-from .modeling.features import SRFFeatures
-from .modeling.random_features import single_thread
+from ..modeling.attention import SRFAttention
+from ..modeling.features import SRFFeatures
+from ..modeling.random_features import single_thread
+from ..theory import log_variance, optimal_stretch
 from .observation import run_exactly, token_rows
-from .theory import log_variance, optimal_stretch
 
 GEOMETRIES = ("identity", "shift", "preconditioner", "proposal")
 DEFAULT_GEOMETRY = "preconditioner"

@@ -20,8 +20,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .modeling.attention import SRFAttention, exact_attention, record, srf_attentions
-from .modeling.fused_attention import MAX_RETAINED
+from ..modeling.attention import SRFAttention, exact_attention, record, srf_attentions
+from ..modeling.fused_attention import MAX_RETAINED
 from .observation import evaluating, whole_rows
 
 # Shares of the mean that a layer may have. A few values alone, for each is compiled for by itself.

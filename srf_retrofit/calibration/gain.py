@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .modeling.attention import SRFAttention, srf_attentions
-from .modeling.features import SRFFeatures
-from .modeling.ops import srf_attention
+from ..modeling.attention import SRFAttention, srf_attentions
+from ..modeling.features import SRFFeatures
+from ..modeling.ops import srf_attention
 from .observation import observe_whole_rows
 
 # Log-weights that are tried; the last silences a head.

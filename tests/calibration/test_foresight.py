@@ -9,10 +9,11 @@ import pytest
 import torch
 from builders import CONFIG, PURE, build_llama, logits, tokens
 
-from srf_retrofit import foresight, retrofit
+from srf_retrofit import retrofit
+from srf_retrofit.calibration import foresight
+from srf_retrofit.calibration.foresight import HORIZON, _attention_received, calibrate_foresight
 from srf_retrofit.data import TokenBlocks
 from srf_retrofit.evaluation.perplexity import head_errors
-from srf_retrofit.foresight import HORIZON, _attention_received, calibrate_foresight
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.configuration import LEVELS, SRFConfig
 from srf_retrofit.modeling.features import no_foresight

@@ -1,0 +1,40 @@
+"""What a retrofitted model is told by a few thousand tokens before any training, in closed form.
+
+`geometry` of the features, `foresight` of which keys are worth a slot; then `slots` that each layer gets, which looks at
+both; and `gain` of each head's features, which looks at what is left to them. `observation` runs the text.
+"""
+
+from __future__ import annotations
+
+from .foresight import calibrate_foresight, least_row
+from .gain import calibrate_gain
+from .geometry import (
+    DEFAULT_GEOMETRY,
+    GEOMETRIES,
+    CalibrationReport,
+    Geometry,
+    LayerMoments,
+    Moments,
+    balance,
+    calibrate,
+    fit_geometry,
+    second_moments,
+)
+from .slots import calibrate_slots
+
+__all__ = [
+    "DEFAULT_GEOMETRY",
+    "GEOMETRIES",
+    "CalibrationReport",
+    "Geometry",
+    "LayerMoments",
+    "Moments",
+    "balance",
+    "calibrate",
+    "calibrate_foresight",
+    "calibrate_gain",
+    "calibrate_slots",
+    "fit_geometry",
+    "least_row",
+    "second_moments",
+]
