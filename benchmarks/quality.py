@@ -9,9 +9,12 @@ the same tokens in the same order. The teacher, and every model before and after
 98,304 tokens of the held-out text, in windows of 1,024, 4,096 and 8,192, and by recall; the tasks are scored in full.
 Models are judged in bfloat16.
 
-`milestones` of a run are numbers of tokens after which perplexity is also taken: every budget of one schedule.
-`softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone does. `tuned: N` does that
-with the first N tokens, and retrofits and distils what comes out with the others: the tuned model is then the teacher.
+Of what `RUNS.yaml` may say of a run: `milestones` are numbers of tokens after which perplexity is also taken: every
+budget of one schedule. `softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone
+does. `tuned: N` does that with the first N tokens, and retrofits and distils what comes out with the others: the tuned
+model is then the teacher. `then: {tokens, length, learning_rate}` goes on in rows of another length, in a schedule of
+its own. `recall_share` puts rows among the text that ask for what stood far back. `lora: {rank, alpha, targets}` trains
+adapters alone, which are merged before a model is judged.
 
 What has been found is in RESULTS.json at any time; a run without `trained` was cut off. The last line printed is JSON.
 """
@@ -34,7 +37,7 @@ from transformers import TrainerCallback
 from srf_retrofit import SRFConfig, calibrate, retrofit
 from srf_retrofit.bench.measurement import environment
 from srf_retrofit.calibration import calibrate_foresight, calibrate_gain, calibrate_slots
-from srf_retrofit.data import TokenBlocks, load_documents, read_documents, tokenise
+from srf_retrofit.data import Mixture, TokenBlocks, load_documents, read_documents, tokenise
 from srf_retrofit.evaluation.choices import read_items, score_items
 from srf_retrofit.evaluation.long_text import length_perplexity
 from srf_retrofit.evaluation.recall import copy_by_distance, passkey_grid, word_tokens
@@ -42,6 +45,7 @@ from srf_retrofit.evaluation.suite import state_cost
 from srf_retrofit.files import write_json
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import SRFFeatures
+from srf_retrofit.pipeline.data import RecallDataset
 from srf_retrofit.pretrained import load_smollm2
 from srf_retrofit.training.distillation import distill
 from srf_retrofit.training.settling import settle_features
@@ -72,7 +76,10 @@ class Judge:
 
     def __call__(self, model: Any, *, recall: bool, tasks: bool) -> dict[str, Any]:
         start = time.perf_counter()
-        model = copy.deepcopy(model).to(torch.bfloat16)
+        model = copy.deepcopy(model)
+        if hasattr(model, "peft_config"):
+            model = model.merge_and_unload()
+        model.to(torch.bfloat16)
         layers = srf_attentions(model)
         modes = ["full", "no_tail"] if layers and layers[0].srf_config.num_features else ["full"]
         if layers and not layers[0].srf_config.window:
@@ -136,6 +143,13 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
     return model
 
 
+def with_adapters(model: Any, rank: int, alpha: int, targets: list[str]) -> Any:
+    """The model with LoRA adapters (2106.09685) on the modules of these names, the only thing left to train."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"))
+
+
 def one_run(
     run: dict[str, Any],
     out: dict[str, Any],
@@ -177,6 +191,8 @@ def one_run(
         out["teacher"] = judge(base, recall=False, tasks=False)
         log(run["name"], "teacher", out["teacher"])
     model = copy.deepcopy(base) if run.get("softmax") else retrofitted(run, base, blocks, seed, out)
+    if run.get("lora"):
+        model = with_adapters(model, **run["lora"])
     recall, tasks = run.get("recall", False), run.get("tasks", False)
     out["zero_shot"] = judge(model, recall=False, tasks=False)
     log(run["name"], "zero-shot", out["zero_shot"])
@@ -191,6 +207,10 @@ def one_run(
         )  # fmt: skip
         out["transfer"] = [line["loss"] for line in found["history"] if "loss" in line]
     part = TokenBlocks(blocks.blocks[transfer * rows : steps * rows])
+    share = run.get("recall_share", 0.0)
+    if share:
+        asking = RecallDataset(len(part), length, judge.tokenizer, TokenBlocks(blocks.blocks[-256:]), seed=seed + 1)
+        part = Mixture([part, asking], [1 - share, share], length=len(part), seed=seed)
     before = tokens // (rows * length) - steps + transfer
     after = {n // (rows * length) - before: n for n in run.get("milestones", []) if n < tokens}
     milestones = Milestones(after, model, judge, lambda stage, found: log(run["name"], stage, found))
@@ -199,20 +219,29 @@ def one_run(
         "steps": steps - transfer,
         "learning_rate": run.get("learning_rate", 1e-4),
         "compile": compiled,
-        "callbacks": [milestones],
         **common,
     }
-    if run.get("softmax"):
-        found = distill(model, None, part, objective="text", **logits)
-    else:
-        found = distill(
-            model, teacher, part, schedule=run.get("schedule", "fixed"),
-            cross_entropy_weight=run.get("cross_entropy_weight", 0.0), chunk_size=16384 if on_gpu else 1024,
-            feature_learning_rate=run.get("feature_learning_rate"), cuda_graph=on_gpu and run.get("cuda_graph", True),
-            **logits,
-        )  # fmt: skip
+    if not run.get("softmax"):
+        logits |= {
+            "schedule": run.get("schedule", "fixed"),
+            "cross_entropy_weight": run.get("cross_entropy_weight", 0.0),
+            "chunk_size": 16384 if on_gpu else 1024,
+            "feature_learning_rate": run.get("feature_learning_rate"),
+            "cuda_graph": on_gpu and run.get("cuda_graph", True),
+            "train": "as_is" if run.get("lora") else "all",
+        }
+    objective, teacher = ("text", None) if run.get("softmax") else ("logits", teacher)
+    found = distill(model, teacher, part, objective=objective, callbacks=[milestones], **logits)
     out["losses"] = [line["loss"] for line in found["history"] if "loss" in line]
     out["tokens"] = tokens // (rows * length) * rows * length
+    if run.get("then"):
+        longer, rate = run["then"]["length"], run["then"]["learning_rate"]
+        later = run["then"]["tokens"] // (rows * length) * rows * length
+        part = TokenBlocks(stream[out["tokens"] : out["tokens"] + later].view(-1, longer))
+        logits |= {"steps": later // (rows * length), "batch_size": rows * length // longer, "learning_rate": rate}
+        found = distill(model, teacher, part, objective=objective, **logits)
+        out["losses"] += [line["loss"] for line in found["history"] if "loss" in line]
+        out["tokens"] += later
     out["seconds"] = time.perf_counter() - start - milestones.seconds
     out["trained"] = judge(model, recall=recall, tasks=tasks)
     log(run["name"], f"after {out['tokens']:,} tokens in {out['seconds']:.0f} s", out["trained"])
@@ -247,6 +276,7 @@ def main() -> None:
     second = commands.add_parser("run")
     second.add_argument("runs")
     second.add_argument("tokens")
+    second.add_argument("--text", help="other tokens to train on; TOKENS then fill up what recall hides, no more")
     second.add_argument("--held-out", required=True)
     second.add_argument("--tasks", nargs="*", default=[])
     second.add_argument("--only", nargs="*", help="names of runs")
@@ -283,6 +313,8 @@ def main() -> None:
     # The last tokens are nobody's training data: stories to hide a pass key in.
     judge = Judge(tokenizer, args.held_out, args.tasks, TokenBlocks(stream[-524288:].view(-1, 2048)))
     stream = stream[:-524288]
+    if args.text:
+        stream = torch.from_numpy(np.fromfile(args.text, dtype=np.uint16).astype(np.int64))
 
     def log(name: str, stage: str, found: dict[str, Any]) -> None:
         ppl = {m: [round(x["ppl"], 3) for x in by.values()] for m, by in found["perplexity"].items()}
