@@ -107,7 +107,7 @@ def test_table_of_quality(tables: Any, tmp_path: Path, monkeypatch: pytest.Monke
     for name, runs in results.items():
         (tmp_path / f"quality-gpu-{name}.json").write_text(json.dumps({"runs": runs}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    lines = tables.quality_table().splitlines()
+    lines = tables.quality_tuned_table().splitlines()
     assert lines[0].split("|")[2:-1] == [" state ", " 0 ", " 1M ", " 2.5M ", " 10M ", " end, 4k ", " end, 8k "]
     assert lines[2:] == [
         "| softmax |  | 20.00 | 18.00 |  | 17.00 | 16.25 |  |",
@@ -115,3 +115,9 @@ def test_table_of_quality(tables: Any, tmp_path: Path, monkeypatch: pytest.Monke
         "| cut off | 199 |  | 30.00 | 25.00 |  |  |  |",
     ]
     assert [line.split(" | ")[0] for line in tables.quality_untuned_table().splitlines()[2:]] == ["| plain"]
+    monkeypatch.setattr(tables, "HEADLINE", ("softmax", "ours"))
+    assert tables.quality_table().splitlines()[2:] == lines[2:4]
+
+
+def test_headline_names_runs_that_are_kept(tables: Any) -> None:
+    assert sorted(name for name, _ in tables.headline()) == sorted(tables.HEADLINE)
