@@ -19,7 +19,8 @@ from srf_retrofit.pipeline.settings import DistillSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COMPARED = ("favor", "hedgehog", "retained", "seed", "t2r", "window")
-RECIPES = ("hybrid", "instruct", "llama-2-7b", "llama-3.2-1b", "pure", *(f"compare/{name}" for name in COMPARED))
+OURS = ("hybrid", "instruct", "llama-2-7b", "llama-3.2-1b", "pure", "pure_longer")
+RECIPES = (*OURS, *(f"compare/{name}" for name in COMPARED))
 
 RECIPE = """
 length: 64
@@ -112,4 +113,4 @@ def test_compared_recipes_are_all_there_and_alike() -> None:
         state = SRFState.empty(settings.srf, 1, 3, 64, dtype=torch.bfloat16, device="meta").nbytes()
         assert state / (2 * 3 * 64 * 2) == pytest.approx(198, rel=0.011)
         assert settings.tokens + settings.transfer_tokens == found[0].tokens
-    assert len({(s.length, s.tokens_per_step, s.learning_rate, s.text, s.eval) for s in found}) == 1
+    assert len({(s.length, s.tokens_per_step, s.learning_rate, s.text, s.recall_share, s.eval) for s in found}) == 1
