@@ -47,6 +47,7 @@ from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import SRFFeatures
 from srf_retrofit.pipeline.data import RecallDataset
 from srf_retrofit.pretrained import load_smollm2
+from srf_retrofit.training.adapters import with_adapters
 from srf_retrofit.training.distillation import distill
 from srf_retrofit.training.settling import settle_features
 
@@ -143,13 +144,6 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
     return model
 
 
-def with_adapters(model: Any, rank: int, alpha: int, targets: list[str]) -> Any:
-    """The model with LoRA adapters (2106.09685) on the modules of these names, the only thing left to train."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"))
-
-
 def one_run(
     run: dict[str, Any],
     out: dict[str, Any],
@@ -192,7 +186,7 @@ def one_run(
         log(run["name"], "teacher", out["teacher"])
     model = copy.deepcopy(base) if run.get("softmax") else retrofitted(run, base, blocks, seed, out)
     if run.get("lora"):
-        model = with_adapters(model, **run["lora"])
+        model = with_adapters(model, **run["lora"], seed=seed)
     recall, tasks = run.get("recall", False), run.get("tasks", False)
     out["zero_shot"] = judge(model, recall=False, tasks=False)
     log(run["name"], "zero-shot", out["zero_shot"])

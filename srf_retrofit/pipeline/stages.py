@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..calibration import calibrate, calibrate_foresight, calibrate_gain, calibrate_slots, least_row
@@ -23,6 +22,7 @@ from ..files import atomic_directory
 from ..modeling.attention import srf_attentions
 from ..recipes import to_dict
 from ..surgery import plan_retrofit, retrofit
+from ..training.adapters import with_adapters
 from ..training.distillation import distill
 from ..training.guards import last_checkpoint
 from ..training.settling import settle_features
@@ -301,22 +301,11 @@ def _on_gpu(work: Work) -> bool:
 
 
 def attach_adapters(work: Work) -> None:
-    """Wrap the student in a LoRA adapter, the same at every run; a teacher that is missing is what lies below it.
-
-    Forget gates begin as constants and are trained whole, as a part of the adapter.
-    """
-    from peft import LoraConfig, get_peft_model
-
+    """Wrap the student in LoRA adapters; a teacher that is missing is what lies below them."""
     s = work.settings
-    lora = LoraConfig(
-        r=s.lora_rank, lora_alpha=s.lora_alpha, target_modules=list(s.lora_targets), task_type="CAUSAL_LM",
-        modules_to_save=["attn_fn.gate"] if s.srf.forget_gate else None,
-    )  # fmt: skip
-    torch.manual_seed(s.seed)
-    try:
-        work.student = get_peft_model(work.student, lora)
-    except ValueError as error:
-        raise ValueError(f"lora_targets {list(s.lora_targets)} do not fit the model: {error}") from None
+    work.student = with_adapters(
+        work.student, rank=s.lora_rank, alpha=s.lora_alpha, targets=s.lora_targets, seed=s.seed
+    )
     if work.teacher is None:
         work.teacher = frozen_copy(work.student)
 
