@@ -138,7 +138,9 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
             calibrate_foresight(model, rows_seen.batches(2), factor=run["foresight"].get("factor", 1.0))
         )
     if run.get("spread"):
-        out["slots"] = str(calibrate_slots(model, blocks.first(run["spread"]["rows"]).batches(1)))
+        spread = run["spread"]
+        few = blocks.first(spread["rows"]).batches(1)
+        out["slots"] = str(calibrate_slots(model, few, by=spread.get("by", "layer")))
     if run.get("settle"):
         settle_features(model)
     return model

@@ -141,7 +141,7 @@ def _plan(
     if not isinstance(config, SRFConfig):
         raise TypeError(f"config must be an SRFConfig, got {type(config).__name__}")
     conf = model.config
-    config.replace(layers=None).check_depth(conf.num_hidden_layers)  # layers are judged below
+    config.replace(layers=None).check_shape(conf.num_hidden_layers, conf.num_key_value_heads)  # layers are judged below
     if getattr(conf, "is_heterogeneous", False):
         raise ValueError("per-layer configurations are not supported: the heads of all layers must be the same")
     if not getattr(conf, "is_causal", True):

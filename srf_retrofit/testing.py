@@ -95,9 +95,9 @@ def quadratic_attention(
     """
     dtype = q.dtype if dtype is None else dtype
     if ablation == "tail_only":
-        config = config.replace(window=0, sinks=0, retained=0)
+        config = config.with_slots(0).replace(window=0, sinks=0)
     elif ablation == "no_retained":
-        config = config.replace(retained=0)
+        config = config.with_slots(0)
     q, k, v = (x.to("cpu", torch.float64) for x in (q, k, v))
     maps = feature_map.to("cpu", torch.float64)
     heads, d = q.shape[1], q.shape[3]
@@ -172,7 +172,7 @@ def _log_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _retained_sets(score, exact, kr, vr, maps, config):
     """Retained positions of every block and kv head (and of the block after the last), keys' priorities and levels."""
     g, _, length, _ = score.shape
-    w, s, h = config.window, config.sinks, config.retained
+    w, s = config.window, config.sinks
     delay = min(config.retention_delay, w // 2)
     p = score.detach().masked_fill(~exact[:, None], -torch.inf).softmax(-1)
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
@@ -180,7 +180,7 @@ def _retained_sets(score, exact, kr, vr, maps, config):
     priority = _rounded(p.masked_fill(~counts, -torch.inf).amax((1, 2)))  # (G, L)
     level = _level(priority, kr, vr, maps) + config.fade * (torch.arange(length) // w)
     slots = []
-    for head in range(g):
+    for head, h in enumerate(config.slots(g)):
         sets: list[list[int]] = [[], []]  # nothing has left the window before block 2
         for block in range(2, length // w + 1):
             arriving = [x for x in range((block - 2) * w, (block - 1) * w) if x >= s]
@@ -218,6 +218,7 @@ def _rounded(p: torch.Tensor) -> torch.Tensor:
 def _final_state(kr, vr, b, slots, priority, level, config) -> SRFState:
     g, length, d = kr.shape
     w, s, h = config.window, config.sinks, config.retained
+    last = list(itertools.accumulate(config.slots(g)))  # behind each head's slots
     state = SRFState.empty(config, 1, g, d, dtype=torch.float64)
     state = SRFState(*(t[0].clone() for t in state))
     state = state._replace(length=torch.tensor(length))
@@ -237,10 +238,10 @@ def _final_state(kr, vr, b, slots, priority, level, config) -> SRFState:
             k_sum.append(state.k_sum[head])
             k_max.append(state.k_max[head])
             kv_mean.append(state.kv_mean[head])
-        for place, x in zip(range(h - len(kept), h), kept, strict=True):
-            state.retained_key[head, place] = kr[head, x].detach()
-            state.retained_value[head, place] = vr[head, x].detach()
-            state.retained_priority[head, place] = level[head, x]
+        for place, x in zip(range(last[head] - len(kept), last[head]), kept, strict=True):
+            state.retained_key[place] = kr[head, x].detach()
+            state.retained_value[place] = vr[head, x].detach()
+            state.retained_priority[place] = level[head, x]
         for x in range(max((block - 1) * w, 0), length if w else 0):
             place = x - (block - 1) * w
             state.window_key[head, place] = kr[head, x].detach()
@@ -275,7 +276,8 @@ def stepwise_attention(
             one = FeatureMap(*(None if t is None else t[head : head + 1] for t in maps))  # type: ignore[arg-type]
             qs = q[row].view(g, heads // g, length, d)[head]
             faded = None if log_forget is None else log_forget[row, head].to("cpu", torch.float64)
-            per_head.append(_step_head(qs, k[row, head], v[row, head], one, config, scaling, faded))
+            alone = config.with_slots(config.slots(g)[head])
+            per_head.append(_step_head(qs, k[row, head], v[row, head], one, alone, scaling, faded))
         rows.append(torch.cat(per_head))
     return torch.stack(rows)
 

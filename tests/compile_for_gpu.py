@@ -43,7 +43,7 @@ class Nothing:
         return lambda *args, **kwargs: None
 
 
-def main(mode: tuple[int, int, int], dtype: torch.dtype) -> None:
+def main(mode: tuple[int, ...], dtype: torch.dtype) -> None:
     compiled: list[str] = []
     failed: dict[str, str] = {}
     run = JITFunction.run
@@ -62,7 +62,8 @@ def main(mode: tuple[int, int, int], dtype: torch.dtype) -> None:
     fused_attention.interpreted = lambda: True
     ops.refusal = triton_decode.refusal = lambda *args: None
     d = m = 64
-    config = SRFConfig(num_features=m, window=mode[0], sinks=mode[1], retained=mode[2])
+    config = SRFConfig(num_features=m, window=mode[0], sinks=mode[1], retained=0)
+    config = config.with_slots(mode[2] if len(mode) == 3 else mode[2:])
     maps = fold(random_feature_map(2, m, d, geometry="preconditioner"), dtype)
     q, k, v = (torch.zeros(2, heads, 80, d, dtype=dtype).requires_grad_() for heads in (4, 2, 2))
     state = SRFState.empty(config, 2, 2, d, dtype=dtype, device="cpu")
@@ -77,4 +78,4 @@ def main(mode: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(tuple(int(x) for x in sys.argv[1].split(",")), getattr(torch, sys.argv[2]))  # type: ignore[arg-type]
+    main(tuple(int(x) for x in sys.argv[1].split(",")), getattr(torch, sys.argv[2]))

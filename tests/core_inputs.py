@@ -17,9 +17,10 @@ def inputs(length: int, batch: int = 1, heads: int = 4, kv_heads: int = 2, dim: 
     return tuple(scale * torch.randn(batch, n, length, dim) for n in (heads, kv_heads, kv_heads))
 
 
-def config_of(mode: tuple[int, int, int], **changes) -> SRFConfig:
+def config_of(mode: tuple[int, int, int | tuple[int, ...]], **changes) -> SRFConfig:
+    """Retained keys of all heads, or of each."""
     window, sinks, retained = mode
-    return SRFConfig(num_features=FEATURES, window=window, sinks=sinks, retained=retained, **changes)
+    return SRFConfig(num_features=FEATURES, window=window, sinks=sinks, retained=0, **changes).with_slots(retained)
 
 
 def assert_states_close(actual: SRFState, expected: SRFState, tolerance: float) -> None:

@@ -33,8 +33,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: BFLOAT16}[dtype]
 
 
-def config_of(window: int, sinks: int, retained: int, features: int = 16, **changes) -> SRFConfig:
-    return SRFConfig(num_features=features, window=window, sinks=sinks, retained=retained, **changes)
+def config_of(window: int, sinks: int, retained: int | tuple[int, ...], features: int = 16, **changes) -> SRFConfig:
+    config = SRFConfig(num_features=features, window=window, sinks=sinks, retained=0, **changes)
+    return config.with_slots(retained)
 
 
 def tensors(length, *, batch=1, heads=2, kv_heads=1, dim=16, dtype=torch.float32, scale=1.0):

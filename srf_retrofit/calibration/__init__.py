@@ -20,11 +20,12 @@ from .geometry import (
     fit_geometry,
     second_moments,
 )
-from .slots import calibrate_slots
+from .slots import SLOTS_BY, calibrate_slots
 
 __all__ = [
     "DEFAULT_GEOMETRY",
     "GEOMETRIES",
+    "SLOTS_BY",
     "CalibrationReport",
     "Geometry",
     "LayerMoments",

@@ -1,10 +1,11 @@
-"""Slots where they are missed: how many keys each layer retains, at one total for the model.
+"""Slots where they are missed: how many keys each layer retains, or each of its heads, at one total for the model.
 
-Layers differ by a factor of eighty in what the model loses with the keys that one of them drops. To second order an
-error `e` of a layer's output costs `KL = 1/2 E (g . e)^2`, with `g` the gradient of the log-probability of a token that
-is drawn from the softmax model's own prediction (the Fisher information, 1412.1193, section 5). So one pass forward and
-one back through the softmax model, and each layer's output with each number of slots, say what every number costs
-everywhere; errors of different tokens are taken to be independent.
+Layers differ by a factor of eighty in what the model loses with the keys that one of them drops, and heads of a layer
+by as much again. To second order an error `e` of what a layer's heads say costs `KL = 1/2 E (g . e)^2`, with `g` the
+gradient of the log-probability of a token that is drawn from the softmax model's own prediction (the Fisher
+information, 1412.1193, section 5). So one pass forward and one back through the softmax model, and each layer's heads
+with each number of slots, say what every number costs everywhere; errors of different tokens, and of different heads,
+are taken to be independent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from ..modeling.attention import SRFAttention, exact_attention, record, srf_atte
 from ..modeling.fused_attention import MAX_RETAINED
 from .observation import evaluating, whole_rows
 
-# Shares of the mean that a layer may have. A few values alone, for each is compiled for by itself.
+# Whose number of slots is chosen.
+SLOTS_BY = ("head", "layer")
+# Shares of the mean that each may have. A few values alone, for each is compiled for by itself.
 SHARES = (0.5, 0.75, 1.0, 1.5, 2.0)
 # Positions whose logits are held at a time.
 _CHUNK = 512
@@ -36,34 +39,36 @@ class SlotsReport:
 
     Attributes
     ----------
-    retained : dict of int
-        Slots of each layer, by its index.
-    cost : dict of (dict of float)
-        By layer and number of slots: estimated divergence from the softmax model, nats a token, when that layer alone
-        drops keys.
+    retained : dict of (tuple of int)
+        By layer: slots of each key/value head, or of all of them alike.
+    cost : dict of (dict of (tuple of float))
+        By layer and number of slots: estimated divergence from the softmax model, nats a token, when that head alone
+        drops keys (or that layer).
     before, after : float
-        Sum over the layers, with as many slots as they had and as they have now.
+        Sum over all, with as many slots as they had and as they have now.
     tokens : int
     """
 
-    retained: dict[int, int]
-    cost: dict[int, dict[int, float]]
+    retained: dict[int, tuple[int, ...]]
+    cost: dict[int, dict[int, tuple[float, ...]]]
     before: float
     after: float
     tokens: int
 
     def __str__(self) -> str:
-        counts = list(self.retained.values())
+        counts = [h for layer in self.retained.values() for h in layer]
+        unit = "head" if len(counts) > len(self.retained) else "layer"
         return (
-            f"{sum(counts):,} slots spread over {len(counts)} layers by {self.tokens:,} tokens, {min(counts)} to "
-            f"{max(counts)} a layer: what they cost adds up to {self.after:.4f} nats in place of {self.before:.4f}"
+            f"{sum(counts) / len(counts):.0f} slots a head in the mean, spread over {len(counts)} {unit}s by "
+            f"{self.tokens:,} tokens, {min(counts)} to {max(counts)} a {unit}: what they cost adds up to "
+            f"{self.after:.4f} nats in place of {self.before:.4f}"
         )
 
 
-def calibrate_slots(model: PreTrainedModel, batches: Any) -> SlotsReport:
-    """Spread the slots of all layers by what each loses without them, in place; their total does not grow.
+def calibrate_slots(model: PreTrainedModel, batches: Any, *, by: str = "head") -> SlotsReport:
+    """Spread the slots of all heads by what each loses without them, in place; their total does not grow.
 
-    Every layer gets between half and twice the mean of all. Needs the memory of one training step on a row, without
+    Everyone gets between half and twice the mean of all. Needs the memory of one training step on a row, without
     gradients of weights. Call it after `calibrate_foresight` and `calibrate`, which decide what slots are filled with
     and what is left to them, and before `calibrate_gain`. Caches begun before cannot be continued.
 
@@ -73,6 +78,8 @@ def calibrate_slots(model: PreTrainedModel, batches: Any) -> SlotsReport:
         A retrofitted causal language model that retains keys.
     batches : iterable of (B, L) int64, or of mappings with `input_ids`
         Whole rows, without padding, as long as the contexts that matter. Some 4 thousand tokens.
+    by : {"head", "layer"}
+        Whether key/value heads of a layer may differ, or layers alone.
 
     Returns
     -------
@@ -83,9 +90,11 @@ def calibrate_slots(model: PreTrainedModel, batches: Any) -> SlotsReport:
     TypeError
         When the model is wrapped, by PEFT for example.
     ValueError
-        When no layer retains keys, there is no head for the next token, no batch, a row holds padding, or what is
-        found is not finite. Nothing is changed then.
+        When no layer retains keys, there is no head for the next token, no batch, a row holds padding, `by` is another
+        word, or what is found is not finite. Nothing is changed then.
     """
+    if by not in SLOTS_BY:
+        raise ValueError(f"by must be one of {', '.join(SLOTS_BY)}, got {by!r}")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a Transformers model, got {type(model).__name__}: give the model inside it")
     layers = [layer for layer in srf_attentions(model) if layer.srf_config.retained]
@@ -97,49 +106,65 @@ def calibrate_slots(model: PreTrainedModel, batches: Any) -> SlotsReport:
     rows = [row.to(device) for ids in whole_rows(batches) for row in ids.split(1)]
     if not rows:
         raise ValueError("there was no batch to measure the layers on: give a few thousand tokens")
-    before = {layer.layer_idx: layer.srf_config.retained for layer in layers}
-    total = sum(before.values())
-    levels = _levels(total / len(layers))
-    asked = {i: sorted({*levels, h}) for i, h in before.items()}
-    sums = {i: dict.fromkeys(counts, 0.0) for i, counts in asked.items()}
+    heads = layers[0].attn_fn.num_kv_heads
+    units = heads if by == "head" else 1
+    before = {layer.layer_idx: layer.srf_config.slots(heads) for layer in layers}
+    # In the head's slots, or in those that all heads of a layer have.
+    total = sum(map(sum, before.values())) * units // heads
+    levels = _levels(total / (len(layers) * units))
+    asked: list[tuple[int, ...]] = [(h,) * heads for h in levels]
+    sums = {i: torch.zeros(len(asked) + 1, units, dtype=torch.float64) for i in before}
     tokens = sum(row.numel() for row in rows)
     generator = torch.Generator(device).manual_seed(0)
     with evaluating(model), exact_attention(model), _weights_without_gradients(model):
         for row in tqdm(rows, desc="spread the slots", unit="row", delay=2, leave=False):
             for layer, call, gradient in _gradients(model, layers, row, generator):
-                for slots in asked[layer.layer_idx]:
-                    sums[layer.layer_idx][slots] += _cost(layer, slots, call, gradient)
-    cost = {i: {h: x / tokens for h, x in by_slots.items()} for i, by_slots in sums.items()}
-    off = [i for i, by_slots in cost.items() if not math.isfinite(sum(by_slots.values()))]
+                for j, slots in enumerate([*asked, before[layer.layer_idx]]):
+                    sums[layer.layer_idx][j] += _cost(layer, slots, call, gradient, units)
+    off = [i for i, by_slots in sums.items() if not by_slots.isfinite().all()]
     if off:
         raise ValueError(f"layer {off[0]}: its cost is not finite on these batches")
-    spread = spread_slots({i: [cost[i][h] for h in levels] for i in cost}, levels, total)
+    costs = {i: by_slots / tokens for i, by_slots in sums.items()}
+    chosen = spread_slots(torch.cat([x[:-1].T for x in costs.values()]), levels, total)
+    spread = {i: tuple(chosen[n * units : (n + 1) * units]) for n, i in enumerate(costs)}
     for layer in layers:
-        layer.set_retained(spread[layer.layer_idx])
-    srf, all_layers = model.config.srf_config, range(model.config.num_hidden_layers)
-    record(model, layer_retained=tuple(spread.get(i, srf.for_layer(i).retained) for i in all_layers))
-    return SlotsReport(
-        spread, cost, sum(cost[i][h] for i, h in before.items()), sum(cost[i][h] for i, h in spread.items()), tokens
+        layer.set_retained(_entry(spread[layer.layer_idx]))
+    srf = model.config.srf_config
+    kept = {i: srf.for_layer(i) for i in range(model.config.num_hidden_layers)}
+    record(
+        model,
+        head_retained=None,
+        layer_retained=tuple(_entry(spread.get(i) or kept[i].slots(heads)) for i in kept),
     )
+    cost = {i: {h: tuple(x[j].tolist()) for j, h in enumerate(levels)} for i, x in costs.items()}
+    after = sum(cost[i][h][n] for i, slots in spread.items() for n, h in enumerate(slots))
+    return SlotsReport(spread, cost, sum(float(x[-1].sum()) for x in costs.values()), after, tokens)
 
 
-def spread_slots(cost: dict[int, list[float]], levels: list[int], total: int) -> dict[int, int]:
-    """One of `levels` for each layer, not above `total` in sum, such that costs (by level) add up to the least."""
-    # The least sum over the layers so far, by slots that are left; and what the last of them has then.
+def spread_slots(cost: torch.Tensor, levels: list[int], total: int) -> list[int]:
+    """One of `levels` for each of N, not above `total` in sum, such that costs (N, levels) add up to the least."""
+    unit = math.gcd(*levels)
+    total, sizes = total // unit, [level // unit for level in levels]
+    # The least sum over those so far, by slots that are left; and what the last of them has then.
     least = torch.zeros(total + 1, dtype=torch.float64)
     choices = []
-    for by_level in cost.values():
-        sums = torch.full((len(levels), total + 1), math.inf, dtype=torch.float64)
-        for i, level in enumerate(levels):
-            sums[i, : total + 1 - level] = least[level:] + by_level[i]
+    for by_level in cost.double():
+        sums = torch.full((len(sizes), total + 1), math.inf, dtype=torch.float64)
+        for i, size in enumerate(sizes):
+            sums[i, : total + 1 - size] = least[size:] + by_level[i]
         least, choice = sums.min(0)
-        choices.append(choice)
+        choices.append(choice.to(torch.int8))
     left = int(least.argmin())
-    found = {}
-    for index, choice in zip(reversed(cost), reversed(choices), strict=True):
-        found[index] = levels[int(choice[left])]
-        left += found[index]
-    return {index: found[index] for index in cost}
+    found = []
+    for choice in reversed(choices):
+        found.append(levels[int(choice[left])])
+        left += found[-1] // unit
+    return found[::-1]
+
+
+def _entry(slots: tuple[int, ...]) -> int | tuple[int, ...]:
+    """As one number where it is one."""
+    return slots[0] if len(set(slots)) == 1 else slots
 
 
 def _levels(mean: float) -> list[int]:
@@ -151,34 +176,31 @@ def _levels(mean: float) -> list[int]:
 
 @dataclass
 class _Call:
-    """What one layer was given, and what it said with exact attention."""
+    """What one layer was given, and what its heads said with exact attention (1, L, H D), one behind the other."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: torch.Tensor
+    heads: torch.Tensor
 
 
 def _gradients(
     model: PreTrainedModel, layers: list[SRFAttention], row: torch.Tensor, generator: torch.Generator
 ) -> Iterator[tuple[SRFAttention, _Call, torch.Tensor]]:
-    """Of each layer of the softmax model: its call on this row, and the gradient at its output (1, L, E).
+    """Of each layer of the softmax model: its call on this row, and the gradient at its heads (1, L, H D).
 
     The gradient is that of `sum_t log p(y_t)`, with `y_t` drawn from the prediction after token `t`.
     """
-    calls: dict[int, _Call] = {}
+    given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not output[0].requires_grad:
-            output[0].requires_grad_()
-        calls[layer.layer_idx] = _Call(args, kwargs, output[0])  # type: ignore[index]
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given[layer.layer_idx] = args, kwargs  # type: ignore[index]
 
-    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
-    try:
-        with torch.enable_grad():
-            hidden = model.base_model(row, use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        said = {layer.layer_idx: stack.enter_context(_what_heads_say(layer)) for layer in layers}
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.enter_context(torch.enable_grad())
+        hidden = model.base_model(row, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     parts = []
     for part in hidden.detach().flatten(0, 1).split(_CHUNK):
@@ -189,24 +211,45 @@ def _gradients(
                 raise ValueError("predictions of the softmax model are not finite on these batches")
             drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
             parts += torch.autograd.grad(log_p.gather(-1, drawn).sum(), part)
-    outputs = [calls[layer.layer_idx].output for layer in layers]
+    outputs = [said[layer.layer_idx][0] for layer in layers]
     found = torch.autograd.grad(hidden, outputs, torch.cat(parts).view_as(hidden))
-    yield from ((layer, calls.pop(layer.layer_idx), x) for layer, x in zip(layers, found, strict=True))
+    for layer, gradient in zip(layers, found, strict=True):
+        i = layer.layer_idx
+        yield layer, _Call(*given.pop(i), said.pop(i)[0]), gradient
+
+
+@contextlib.contextmanager
+def _what_heads_say(layer: SRFAttention) -> Iterator[list[torch.Tensor]]:
+    """A list to which each call of the layer adds its heads' outputs, before `o_proj` mixes them."""
+    said: list[torch.Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and not args[0].requires_grad:
+            args[0].requires_grad_()
+        said.append(args[0])
+
+    handle = layer.o_proj.register_forward_pre_hook(note)
+    try:
+        yield said
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
-def _cost(layer: SRFAttention, slots: int, call: _Call, gradient: torch.Tensor) -> float:
-    """`1/2 sum_t (g_t . e_t)^2` in nats, `e` the error of the layer's output with so many slots."""
-    before = layer.srf_config.retained
-    layer.set_retained(slots)
+def _cost(layer: SRFAttention, slots: tuple[int, ...], call: _Call, gradient: torch.Tensor, units: int) -> torch.Tensor:
+    """`1/2 sum_t (g_t . e_t)^2` in nats, `e` the error of what heads say with so many slots: of each, or of all."""
+    before = layer.srf_config.slots(layer.attn_fn.num_kv_heads)
+    layer.set_retained(_entry(slots))
     layer.exact = False
     try:
-        # Not called as a module: hooks have seen this call already.
-        error = layer.forward(*call.args, **call.kwargs)[0].double() - call.output.double()
+        with _what_heads_say(layer) as said:
+            # Not called as a module: hooks have seen this call already.
+            layer.forward(*call.args, **call.kwargs)
     finally:
         layer.exact = True
-        layer.set_retained(before)
-    return float((gradient.double() * error).sum(-1).square().sum()) / 2
+        layer.set_retained(_entry(before))
+    error = said[0].double() - call.heads.double()
+    return (gradient.double() * error).unflatten(-1, (units, -1)).sum(-1).square().sum((0, 1)).cpu() / 2
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from ..data import TokenBlocks
 from ..modeling.attention import SRFAttention, srf_attentions
 from ..modeling.configuration import SRFConfig
 from ..modeling.ops import srf_attention
-from ..modeling.state import SRFState
+from ..modeling.state import SRFState, slots_by_head
 from .scoring import evaluating
 
 
@@ -152,8 +152,9 @@ def _exact_mass(
     near = (key < config.sinks) | (key >= max(start - config.window, 0))
     parts = [logits.masked_fill(~near, float("-inf"))]
     if config.retained:
-        kept = (grouped @ state.retained_key.mT).view(b, g, heads // g, count, -1)
-        used = state.retained_priority > float("-inf")
+        slots = config.slots(g)
+        kept = (grouped @ slots_by_head(state.retained_key, slots).mT).view(b, g, heads // g, count, -1)
+        used = slots_by_head(state.retained_priority, slots, float("-inf")) > float("-inf")
         parts.append(kept.masked_fill(~used[:, :, None, None], float("-inf")))
     whole = logits.logsumexp(-1)
     return (torch.cat(parts, -1).logsumexp(-1) - whole).exp().reshape(b, heads, count)

@@ -21,10 +21,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .cache import softmax_cache_layer, srf_cache_layer
 from .configuration import SRFConfig
+from .feature_map import FoldedMap
 from .features import SRFFeatures
 from .learned_maps import LearnedMaps, feature_module
 from .ops import ABLATIONS, srf_attention
-from .state import SRFState
+from .state import SRFState, slot_bounds
 
 # Names under which a model passes the padding mask and the document bounds to its layers.
 MASK_KEY = "srf_attention_mask"
@@ -58,6 +59,7 @@ class SRFAttention(nn.Module):
     ablation: str | None
     backend: str = "auto"
     observer: Observer | None
+    _slot_bounds: torch.Tensor | None
 
     # The original class's own.
     config: Any
@@ -109,7 +111,7 @@ class SRFAttention(nn.Module):
     def release(self) -> nn.Module:
         """Turn this layer back into the softmax layer it extends, in place; the features are dropped."""
         del self.attn_fn
-        for name in ("srf_config", "exact", "ablation", "observer"):
+        for name in ("srf_config", "exact", "ablation", "observer", "_slot_bounds"):
             delattr(self, name)
         self.__class__ = self.softmax_class()
         return self
@@ -134,18 +136,24 @@ class SRFAttention(nn.Module):
         self.exact = False
         self.ablation = None
         self.observer = None
+        self._slot_bounds = None
 
-    def set_retained(self, slots: int) -> None:
-        """Let this layer retain another number of keys. A cache that it began before has another shape.
+    def set_retained(self, slots: int | tuple[int, ...]) -> None:
+        """Let every key/value head of this layer retain another number of keys, or each of them its own.
+
+        A cache that the layer began before has another shape.
 
         Raises
         ------
         ValueError
-            When the number is negative, or where a layer that retains keys shall retain none, or the other way round.
+            When a number is negative, there is none for some head, or where a layer that retains keys shall retain
+            none, or the other way round.
         """
-        if bool(slots) != bool(self.srf_config.retained):
+        config = self.srf_config.with_slots(slots)
+        if bool(config.retained) != bool(self.srf_config.retained):
             raise ValueError(f"retained={self.srf_config.retained} cannot become {slots}: retrofit the model anew")
-        self.srf_config = self.attn_fn.config = self.srf_config.replace(retained=slots)
+        config.slots(self.attn_fn.num_kv_heads)
+        self.srf_config = self.attn_fn.config = config
 
     def use_fast_attn_(self, flag: bool) -> None:
         """The seed's switch: random features if `flag`, the original softmax attention if not."""
@@ -195,7 +203,7 @@ class SRFAttention(nn.Module):
             q,
             k,
             v,
-            self.attn_fn.folded(q.dtype),
+            self.folded(q.dtype),
             self.srf_config,
             scaling=self.scaling,
             attention_mask=mask,
@@ -213,6 +221,20 @@ class SRFAttention(nn.Module):
         if documents is not None and b > 1:
             o = o.reshape(o.shape[1], b, length, o.shape[-1]).transpose(0, 1)
         return self.o_proj(o.transpose(1, 2).reshape(b, length, -1)), None
+
+    def folded(self, dtype: torch.dtype | None = None) -> FoldedMap:
+        """Features as `ops.srf_attention` takes them, for inputs of `dtype`.
+
+        A compiled graph reads what the last call outside of one has left, so that layers whose heads differ in their
+        slots share it: where these begin is then a tensor like any other.
+        """
+        maps = self.attn_fn.folded(dtype)
+        if self.srf_config.head_retained is None:
+            return maps
+        if self._slot_bounds is None or not torch.compiler.is_compiling():
+            slots = self.srf_config.slots(self.attn_fn.num_kv_heads)
+            self._slot_bounds = slot_bounds(slots, self.attn_fn.device)
+        return maps._replace(slot_bounds=self._slot_bounds)
 
     def _forget(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logarithms of the forget gate (B, G, L), if this layer has one."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .state import SRFState
+from .state import SRFState, slots_by_head
 
 # Tokens that one program adds up before the scan over runs takes over.
 RUN_TOKENS = 512
@@ -69,7 +69,7 @@ def plan_blocks(
     seen : (rows,) int64, optional
         Tokens that the rows' states have seen; the pool then starts with the states' exact keys, see `pool_keys`.
     retained : int
-        Retained slots of such a state.
+        Retained slots of such a state, by head: the most of any.
     pure : bool
         Blocks start where the call starts, whatever the state has seen.
     """
@@ -188,12 +188,15 @@ def block_counts(rows: int, length: int, w: int, documents: list[tuple[int, int]
     return [-(-(end - start + lead) // w) for start, end in documents]
 
 
-def pool_keys(state: SRFState | None, x: torch.Tensor, side: str, packed: bool) -> torch.Tensor:
-    """`x` (B, G, L, D) with the state's exact keys (or values) before it, as `plan_blocks` names them."""
+def pool_keys(state: SRFState | None, x: torch.Tensor, side: str, packed: bool, slots: tuple[int, ...]) -> torch.Tensor:
+    """`x` (B, G, L, D) with the state's exact keys (or values) before it, as `plan_blocks` names them.
+
+    `slots` are those of each head.
+    """
     if state is None:
         return x
-    names = (f"{part}_{side}" for part in ("sink", "retained", "window"))
-    kept = torch.cat([getattr(state, name) for name in names], 2)
+    sink, retained, window = (getattr(state, f"{part}_{side}") for part in ("sink", "retained", "window"))
+    kept = torch.cat([sink, slots_by_head(retained, slots), window], 2)
     if packed:
         kept = kept.transpose(0, 1).flatten(1, 2).unsqueeze(0)
     return torch.cat([kept.to(x.dtype), x], 2)

@@ -20,7 +20,7 @@ from .feature_map import FoldedMap, beside_exact_keys, linear_features, log_feat
 from .feature_sums import LOG_ZERO, accumulate_features, feature_keys
 from .retention import PURE_BLOCK, Grid, forecast, local_priorities, place_on_grid, priority_level, rank_and_evict
 from .softmax_parts import attend_parts
-from .state import SRFState
+from .state import SRFState, slots_by_head, slots_in_a_row
 
 
 def take_keys(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ def attend_segment(
     values.append(torch.cat([before_v, vf], 3))
 
     # Keys that leave the window at each boundary: folded into the features, or kept in a retained slot.
-    slots = None
+    slots, counts = None, config.slots(g)
     folded_k, folded_v = before_k, before_v
     may_fold = (grid.position - w >= s)[:, None].expand(b, g, n, w)
     if h:
@@ -123,13 +123,17 @@ def attend_segment(
             candidates = priority_level(
                 candidates, (grid.position[:, None, :, :1] - w) // w, config, maps.foresight, foreseen
             )
-            slots, slot_priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates)
+            # Slots that a head has not got are taken for ever, and seen by nobody.
+            taken = slots_by_head(state.retained_priority, counts, float("inf"))
+            slots, slot_priority, evicted, evicted_priority = rank_and_evict(taken, candidates)
             may_fold = evicted_priority > float("-inf")
-        pool_k = torch.cat([state.retained_key.to(dtype), before_k.flatten(2, 3)], 2)
-        pool_v = torch.cat([state.retained_value.to(dtype), before_v.flatten(2, 3)], 2)
+        pool_k, pool_v = (
+            torch.cat([slots_by_head(kept, counts).to(dtype), before.flatten(2, 3)], 2)
+            for kept, before in ((state.retained_key, before_k), (state.retained_value, before_v))
+        )
         folded_k, folded_v = take_keys(pool_k, evicted), take_keys(pool_v, evicted)
         retained = torch.matmul(scaled, take_keys(pool_k, slots[:, :, :n]).mT)
-        empty = slot_priority[:, :, :n, None] == float("-inf")
+        empty = slot_priority[:, :, :n, None].isinf()
         logits.append(retained.add_(retained.new_zeros(empty.shape).masked_fill_(empty, float("-inf"))))
         values.append(take_keys(pool_v, slots[:, :, :n]))
     log_key = log_features(folded_k, maps.key, scaling).masked_fill(~may_fold.unsqueeze(-1), float("-inf"))
@@ -164,9 +168,9 @@ def attend_segment(
         final = slots[rows, :, boundary]
         new = new._replace(
             window_priority=_two_blocks(priority, boundary, float("-inf")),
-            retained_priority=slot_priority[rows, :, boundary],
-            retained_key=take_keys(pool_k, final).to(k.dtype),
-            retained_value=take_keys(pool_v, final).to(v.dtype),
+            retained_priority=slots_in_a_row(slot_priority[rows, :, boundary], counts),
+            retained_key=slots_in_a_row(take_keys(pool_k, final), counts).to(k.dtype),
+            retained_value=slots_in_a_row(take_keys(pool_v, final), counts).to(v.dtype),
         )
     return o, new
 

@@ -9,11 +9,12 @@ from typing import Any
 PROJECTIONS = ("simplex", "orthogonal", "iid")
 FEATURE_MAPS = ("random", "trained", "hedgehog", "relu")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
-CONFIG_VERSION = 3
+CONFIG_VERSION = 4
 # Levels of `chunked.priority_level` in a factor of two.
 LEVELS = 4096
 
 _SIZES = ("num_features", "window", "sinks", "retained", "retention_delay", "retention_half_life", "seed")
+_TUPLES = ("layers", "layer_retained", "head_retained")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class SRFConfig:
     sinks : int
         Leading positions that stay exact for ever, `>= 0`.
     retained : int
-        Slots for keys that are kept exact after they left the window, `>= 0`; needs `window >= 1`.
+        Slots of a key/value head for keys that are kept exact after they left the window, `>= 0`; needs `window >= 1`.
     retention_delay : int
         A key's priority counts queries more than `min(retention_delay, window // 2)` positions later.
     retention_half_life : int
@@ -54,9 +55,11 @@ class SRFConfig:
         Seed of the draw; together with the step and the layer index it fixes every projection, `>= 0`.
     layers : tuple of int, optional
         Indices of the layers that carry this attention; `None` means all of them.
-    layer_retained : tuple of int, optional
-        `retained` of every layer of the model, in its order, where layers differ; layers outside `layers` are counted
-        and not looked at. `None`: `retained`, for all.
+    layer_retained : tuple of (int or tuple of int), optional
+        `retained` of every layer of the model, in its order, where layers differ, or `head_retained` where its heads
+        do, too; layers outside `layers` are counted and not looked at. `None`: `retained`, for all.
+    head_retained : tuple of int, optional
+        `retained` of every key/value head of a layer, where heads differ; `retained` is then the largest of them.
     version : int
         Version of this format. Reading a newer one is refused.
 
@@ -78,7 +81,8 @@ class SRFConfig:
     forget_gate: bool = False
     seed: int = 0
     layers: tuple[int, ...] | None = None
-    layer_retained: tuple[int, ...] | None = None
+    layer_retained: tuple[int | tuple[int, ...], ...] | None = None
+    head_retained: tuple[int, ...] | None = None
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -122,19 +126,32 @@ class SRFConfig:
             if not layers:
                 raise ValueError("layers is empty: name at least one layer, or None for all of them")
             object.__setattr__(self, "layers", tuple(sorted(set(layers))))
-        if self.layer_retained is not None:
-            counts = tuple(self.layer_retained)
-            if any(isinstance(h, bool) or not isinstance(h, int) or h < 0 for h in counts):
-                raise ValueError(f"layer_retained must be non-negative integers, got {counts!r}")
-            if any(counts) and not (self.window and self.retained):
-                raise ValueError(
-                    "layer_retained spreads slots over the layers of a form that has some: it needs window >= 1 and "
-                    f"retained >= 1, got window={self.window}, retained={self.retained}"
-                )
-            object.__setattr__(self, "layer_retained", counts)
+        self._check_uneven()
 
-    def check_depth(self, num_layers: int) -> None:
-        """Refuse a model of another number of layers than this configuration speaks of.
+    def _check_uneven(self) -> None:
+        """Numbers of slots that differ by layer or by head: made tuples."""
+        if self.head_retained is not None:
+            heads = tuple(self.head_retained)
+            _check_counts("head_retained", heads, heads)
+            if max(heads) != self.retained:
+                raise ValueError(f"retained must be the largest of head_retained={heads}, got {self.retained}")
+            object.__setattr__(self, "head_retained", heads)
+        if self.layer_retained is None:
+            return
+        if self.head_retained is not None:
+            raise ValueError("head_retained says for one layer what layer_retained says for all: leave one of them out")
+        layers = tuple(tuple(h) if isinstance(h, list) else h for h in self.layer_retained)
+        heads = tuple(x for h in layers for x in _of_heads(h))
+        _check_counts("layer_retained", heads, layers)
+        if any(heads) and not (self.window and self.retained):
+            raise ValueError(
+                "layer_retained spreads slots over the layers of a form that has some: it needs window >= 1 and "
+                f"retained >= 1, got window={self.window}, retained={self.retained}"
+            )
+        object.__setattr__(self, "layer_retained", layers)
+
+    def check_shape(self, num_layers: int, num_kv_heads: int) -> None:
+        """Refuse a model of another number of layers or key/value heads than this configuration speaks of.
 
         Raises
         ------
@@ -146,22 +163,51 @@ class SRFConfig:
         if self.layer_retained is not None and len(self.layer_retained) != num_layers:
             raise ValueError(
                 f"srf has layer_retained for {len(self.layer_retained)} layers, but the model has {num_layers}: give "
-                "one number for each"
+                "one entry for each"
             )
+        for i in range(num_layers):
+            self.for_layer(i).slots(num_kv_heads)
 
     def for_layer(self, layer_idx: int) -> SRFConfig:
         """The configuration of one layer, whose `retained` is its own."""
         if self.layer_retained is None:
             return self
-        return self.replace(retained=self.layer_retained[layer_idx], layer_retained=None)
+        return self.replace(layer_retained=None).with_slots(self.layer_retained[layer_idx])
+
+    def with_slots(self, slots: int | tuple[int, ...]) -> SRFConfig:
+        """A copy for a layer that retains so many keys: in every key/value head, or in each of them."""
+        if isinstance(slots, int):
+            return self.replace(retained=slots, head_retained=None)
+        return self.replace(retained=max(slots), head_retained=slots if len(set(slots)) > 1 else None)
+
+    def slots(self, num_kv_heads: int) -> tuple[int, ...]:
+        """Keys that each key/value head of a layer retains.
+
+        Raises
+        ------
+        ValueError
+            When `head_retained` speaks of another number of heads.
+        """
+        if self.head_retained is None:
+            return (self.retained,) * num_kv_heads
+        if len(self.head_retained) != num_kv_heads:
+            raise ValueError(
+                f"head_retained={self.head_retained} has {len(self.head_retained)} entries, but there are "
+                f"{num_kv_heads} key/value heads: give one number for each"
+            )
+        return self.head_retained
 
     @property
     def retained_text(self) -> str:
-        """`retained` to be read: of all layers, or from the least to the most of any, with the mean."""
+        """`retained` to be read: of all heads, or from the least to the most of any, with the mean."""
         if self.layer_retained is None:
-            return str(self.retained)
-        chosen = [h for i, h in enumerate(self.layer_retained) if self.is_retrofitted(i)]
-        return f"{min(chosen)} to {max(chosen)} (mean {sum(chosen) / len(chosen):.0f})"
+            layers = [_of_heads(self.head_retained or self.retained)]
+        else:
+            layers = [_of_heads(h) for i, h in enumerate(self.layer_retained) if self.is_retrofitted(i)]
+        least, most = min(map(min, layers)), max(map(max, layers))
+        if least == most:
+            return str(most)
+        return f"{least} to {most} (mean {sum(sum(h) / len(h) for h in layers) / len(layers):.0f})"
 
     @property
     def is_pure(self) -> bool:
@@ -171,9 +217,9 @@ class SRFConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of JSON types; `SRFConfig.from_dict` reads it back to an equal configuration."""
         out = dataclasses.asdict(self)
-        for name in ("layers", "layer_retained"):
+        for name in _TUPLES:
             value = getattr(self, name)
-            out[name] = None if value is None else list(value)
+            out[name] = None if value is None else [list(x) if isinstance(x, tuple) else x for x in value]
         return out
 
     @classmethod
@@ -194,7 +240,7 @@ class SRFConfig:
             cls(version=version)
         if version == 1:
             data = {"retention_half_life": 0, **data}  # no key's priority ever faded
-        if version in (1, 2):
+        if version in (1, 2, 3):
             data["version"] = CONFIG_VERSION
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
@@ -202,7 +248,7 @@ class SRFConfig:
             raise ValueError(
                 f"unknown SRF configuration field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
-        for name in ("layers", "layer_retained"):
+        for name in _TUPLES:
             if isinstance(data.get(name), list):
                 data[name] = tuple(data[name])
         return cls(**data)
@@ -219,3 +265,13 @@ class SRFConfig:
     def is_retrofitted(self, layer_idx: int) -> bool:
         """Whether the layer with this index carries the attention described here."""
         return self.layers is None or layer_idx in self.layers
+
+
+def _of_heads(slots: int | tuple[int, ...]) -> tuple[int, ...]:
+    """An entry of `layer_retained`, as numbers that have a least, a largest and a mean."""
+    return slots if isinstance(slots, tuple) else (slots,)
+
+
+def _check_counts(name: str, counts: tuple[int, ...], given: Any) -> None:
+    if not counts or () in given or any(isinstance(h, bool) or not isinstance(h, int) or h < 0 for h in counts):
+        raise ValueError(f"{name} must be non-negative integers, got {given!r}")

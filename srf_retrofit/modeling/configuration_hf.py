@@ -59,7 +59,7 @@ class SRFConfigMixin:
         srf = SRFConfig.from_dict({} if self.srf is None else self.srf)
         self.srf = srf.to_dict()
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        srf.check_depth(self.num_hidden_layers)
+        srf.check_shape(self.num_hidden_layers, self.num_key_value_heads)
 
     @property
     def srf_config(self: Any) -> SRFConfig:

@@ -90,11 +90,12 @@ Features = LinearFeatures | SoftmaxFeatures | ReluFeatures
 
 
 class FoldedMap(NamedTuple):
-    """Both sides of a feature map, folded (`fold_feature_map`), or learned; and which keys are worth a slot."""
+    """Both sides of a feature map, folded (`fold_feature_map`), or learned; which keys are worth a slot, and whose."""
 
     query: Features
     key: Features
     foresight: torch.Tensor | None = None  # (G, 1 + 4 D), see `retention.priority_level`
+    slot_bounds: torch.Tensor | None = None  # (G + 1,), where heads retain different numbers of keys, see `state`
     rounded_to: torch.dtype | None = None  # what the weights have been rounded to, see `round_weights`
 
 

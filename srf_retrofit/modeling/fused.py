@@ -43,6 +43,7 @@ def _attend(
     foresight: torch.Tensor | None,
     query_half: torch.Tensor | None,
     key_half: torch.Tensor | None,
+    slot_bounds: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Attention of all blocks, and what the backward pass and the final state are made of.
 
@@ -65,6 +66,8 @@ def _attend(
         What the first and the second half of a token's learned features subtract, in place of the half-norm; queries'
         relative to the largest exact logit. Of other features key_half (B, G, E + L) alone: what those of keys
         subtract beside the half-norm.
+    slot_bounds : (G + 1,) int32, optional
+        Where heads retain different numbers of keys, see `state.slot_bounds`; retained is then the most of any.
 
     Returns
     -------
@@ -74,7 +77,7 @@ def _attend(
     """
     folded = [query_weight, query_bias, query_norm, query_norm_bias, key_weight, key_bias, key_norm, key_norm_bias]
     start = (start_sum, start_mass, start_max, window_priority, slot_token, slot_priority)
-    call = begin(q, k, mask, documents, seen, folded, ints, scaling)
+    call = begin(q, k, mask, documents, seen, folded, ints, scaling, slot_bounds)
     return forward(call, q, k, v, mask, start, ints[3], scaling, foresight, query_half, key_half)
 
 
@@ -94,6 +97,7 @@ def _attend_backward(
     scaling: float,
     with_maps: bool,
     key_half: torch.Tensor | None,
+    slot_bounds: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Gradients of `_attend`; `saved` are its outputs 0 and 4 to 6.
 
@@ -103,7 +107,7 @@ def _attend_backward(
         dq, dk, dv; with `seen` those of start_sum and start_mass; with `with_maps` those of the eight tensors of the
         folded map (empty where there is none); those of query_half and key_half, of what was given.
     """
-    call = begin(q, k, mask, documents, seen, folded, ints, scaling)
+    call = begin(q, k, mask, documents, seen, folded, ints, scaling, slot_bounds)
     return backward(call, q, k, v, mask, folded, saved, do, end_d_sum, end_d_mass, scaling, with_maps, key_half)
 
 
@@ -118,7 +122,7 @@ def _(q, k, v, mask, documents, seen, *args):
 
 
 @_BACKWARD.register_fake
-def _(q, k, v, mask, documents, seen, folded, saved, do, end_d_sum, end_d_mass, ints, scaling, with_maps, key_half):
+def _(q, k, v, mask, documents, seen, folded, saved, do, d_sum, d_mass, ints, scaling, with_maps, key_half, bounds):
     s = sizes_of(q, k, folded[0].shape[1], ints)
     _, rows = count_blocks(q, s, documents, seen)
     return gradients(q, k, rows, folded, s, with_maps, True, seen is not None, key_half is not None)
@@ -128,11 +132,11 @@ def _keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
     q, k, v, mask, documents, seen = inputs[:6]
     folded, ctx.ints, ctx.scaling = inputs[12:20], inputs[20], inputs[21]
     ctx.documents = documents
-    ctx.save_for_backward(q, k, v, mask, seen, inputs[24], *folded, output[0], *output[4:7])
+    ctx.save_for_backward(q, k, v, mask, seen, *inputs[24:], *folded, output[0], *output[4:7])
 
 
 def _differentiate(ctx: Any, grads: Any, call: Call | None = None) -> tuple:
-    q, k, v, mask, seen, key_half, *rest = ctx.saved_tensors
+    q, k, v, mask, seen, key_half, slot_bounds, *rest = ctx.saved_tensors
     folded, saved = rest[:8], rest[8:]
     do, d_sum, d_mass = grads[:3]
     do = torch.zeros_like(saved[0]) if do is None else do
@@ -143,7 +147,7 @@ def _differentiate(ctx: Any, grads: Any, call: Call | None = None) -> tuple:
     if call is None:
         out = _BACKWARD(
             q, k, v, mask, ctx.documents, seen, folded, saved, do, d_sum, d_mass, ctx.ints, ctx.scaling, with_maps,
-            key_half,
+            key_half, slot_bounds,
         )  # fmt: skip
     else:
         out = backward(call, q, k, v, mask, folded, saved, do, d_sum, d_mass, ctx.scaling, with_maps, key_half)
@@ -154,7 +158,7 @@ def _differentiate(ctx: Any, grads: Any, call: Call | None = None) -> tuple:
     halves: tuple[Any, ...] = (None, None)
     if key_half is not None:
         halves = tuple(out[-2:]) if ctx.ints[6] else (None, out[-1])
-    return (*out[:3], None, None, None, *start, *[None] * 4, *maps, None, None, None, *halves)
+    return (*out[:3], None, None, None, *start, *[None] * 4, *maps, None, None, None, *halves, None)
 
 
 _OPERATOR.register_autograd(_differentiate, setup_context=_keep)
@@ -166,9 +170,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
         q, k, v, mask, documents, seen = inputs[:6]
-        ints, scaling, *more = inputs[20:]
+        ints, scaling, *more, slot_bounds = inputs[20:]
         # Kept for the backward pass: tables of masks and documents take a hundred small operators.
-        ctx.call = begin(q, k, mask, documents, seen, list(inputs[12:20]), ints, scaling)
+        ctx.call = begin(q, k, mask, documents, seen, list(inputs[12:20]), ints, scaling, slot_bounds)
         output = forward(ctx.call, q, k, v, mask, inputs[6:12], ints[3], scaling, *more)
         _keep(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[3:])

@@ -17,7 +17,7 @@ from .fused import attend
 from .fused_call import HAS_TRITON, Sizes, interpreted, sizes_of
 from .fused_forward import slot_tensors
 from .retention import PURE_BLOCK
-from .state import SRFState
+from .state import SRFState, slots_by_head, slots_in_a_row
 
 # What one program can hold.
 MAX_WINDOW = 128
@@ -102,9 +102,11 @@ def attend_fused(
     state : SRFState or None
     """
     packed = documents is not None
-    keys, values = pool_keys(state, k, "key", packed), pool_keys(state, v, "value", packed)
-    start: list[torch.Tensor | None] = [None] * 6 if state is None else _start(state, config, packed)
-    bounds = None if documents is None else [documents[0][0], *(end for _, end in documents)]
+    slots = config.slots(k.shape[1])
+    keys, values = pool_keys(state, k, "key", packed, slots), pool_keys(state, v, "value", packed, slots)
+    start: list[torch.Tensor | None] = [None] * 6 if state is None else _start(state, config, slots, packed)
+    bounds = maps.slot_bounds
+    ends = None if documents is None else [documents[0][0], *(end for _, end in documents)]
     learned = isinstance(maps.query, SoftmaxFeatures)
     ints = [
         config.window, config.sinks, config.retained, config.retention_delay, int(use_tail), config.fade, int(learned),
@@ -117,11 +119,11 @@ def attend_fused(
     assert isinstance(maps.query, LinearFeatures)
     assert isinstance(maps.key, LinearFeatures)
     out = attend(
-        q, keys, values, mask, bounds, None if state is None else state.length,
+        q, keys, values, mask, ends, None if state is None else state.length,
         *start,
         maps.query.weight, maps.query.bias, maps.query.norm_weight, maps.query.norm_bias,
         maps.key.weight, maps.key.bias, maps.key.norm_weight, maps.key.norm_bias, ints, float(scaling),
-        None if maps.foresight is None else maps.foresight.contiguous(), query_half, key_half,
+        None if maps.foresight is None else maps.foresight.contiguous(), query_half, key_half, bounds,
     )  # fmt: skip
     if not with_state:
         return out[0], None
@@ -166,17 +168,18 @@ def _normalisers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.stack([h.logsumexp(-1), (-h).logsumexp(-1)]).reshape(2, b, heads, length)
 
 
-def _start(state: SRFState, config: SRFConfig, packed: bool) -> list[torch.Tensor | None]:
+def _start(state: SRFState, config: SRFConfig, slots: tuple[int, ...], packed: bool) -> list[torch.Tensor | None]:
     """What rows continue from, as `fused.attend` takes it."""
-    rows, g, h = state.retained_priority.shape
+    priority = slots_by_head(state.retained_priority, slots, -torch.inf)
+    rows, g, h = priority.shape
     place = config.sinks + torch.arange(h, device=state.length.device)
     if packed:
         extra = config.sinks + h + 2 * config.window
         place = place + torch.arange(rows, device=state.length.device).view(-1, 1, 1) * extra
-    slot_token = torch.where(state.retained_priority > -torch.inf, place.expand(rows, g, h), -1).to(torch.int32)
+    slot_token = torch.where(priority > -torch.inf, place.expand(rows, g, h), -1).to(torch.int32)
     mass = state.k_sum
     total = state.kv_mean.to(mass.dtype) * mass.unsqueeze(-1)
-    parts = (total, mass, state.k_max, state.window_priority, slot_token, state.retained_priority)
+    parts = (total, mass, state.k_max, state.window_priority, slot_token, priority)
     return [x.contiguous() for x in parts]
 
 
@@ -241,11 +244,12 @@ def _final_state(
         after = after._replace(window_key=gather(keys, token), window_value=gather(values, token))
         if h:
             slots, slot_priority, priority = slot_tensors(out, len(tables.key_token), rows, sizes)
+            counts = config.slots(g)
             own = priority[under_way].masked_fill(~inside.unsqueeze(-1), float("-inf"))
             after = after._replace(
                 window_priority=torch.cat([priority[entry], own], -1),
-                retained_key=gather(keys, slots[entry]),
-                retained_value=gather(values, slots[entry]),
-                retained_priority=slot_priority[entry],
+                retained_key=slots_in_a_row(gather(keys, slots[entry]), counts),
+                retained_value=slots_in_a_row(gather(values, slots[entry]), counts),
+                retained_priority=slots_in_a_row(slot_priority[entry], counts),
             )
     return after

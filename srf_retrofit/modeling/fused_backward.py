@@ -106,13 +106,13 @@ def backward(
                 q, k, v, o, do, dq, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots,
                 top_token, *query_map, call.root, *call.key[:2], key_half,
                 mean, log_mass, log_sum, half_norm, delta, d_sink_key, d_sink_value, *d_query, d_query_half, d_top,
-                scaling, blocks, q.shape[2], query_step,
+                call.slot_bounds, scaling, blocks, q.shape[2], query_step,
                 *query_strides, *strides(o), *do_strides, *strides(dq), call.one_batch, pool,
             ),
             lambda: common(
                 R=s.R, M=s.M, MP=s.MP, HEADS=query_tile.heads, TILES=query_tile.rounds, SINKS=s.SINKS, SP=s.SP, H=s.H,
                 HP=s.HP, PART=s.PART, PURE=s.PURE, TAIL=s.TAIL, MATRIX=maps["MATRIX"], LEARNED=s.LEARNED,
-                MAP_GRADIENT=with_maps, GIVEN=given, **query_tile.options,
+                MAP_GRADIENT=with_maps, GIVEN=given, UNEVEN=call.slot_bounds is not None, **query_tile.options,
             ),
         )  # fmt: skip
         if s.H and not continues:

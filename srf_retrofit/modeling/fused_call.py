@@ -214,6 +214,7 @@ class Call(NamedTuple):
     one_batch: int
     kinds: dict[str, Any]  # operand type and precision of products
     maps: dict[str, Any]  # which matrices there are, and whether they come in halves
+    slot_bounds: torch.Tensor | None  # where heads differ in their slots, of which `sizes.H` is the most
     continues: bool  # rows continue from states
     kind: tuple[Any, ...]  # of kernels, as far as both passes share it, see `launcher`
 
@@ -239,6 +240,7 @@ def begin(
     folded: list[torch.Tensor | None],
     ints: list[int],
     scaling: float,
+    slot_bounds: torch.Tensor | None,
 ) -> Call:
     """Plan a call; arguments as of `fused.attend`."""
     assert folded[0] is not None
@@ -261,8 +263,9 @@ def begin(
         one_batch,
         {"OPERAND": tl.bfloat16 if split else tl.float32, "PRECISION": "tf32x3"},
         dict(zip(("MATRIX", "KEY_MATRIX", "SPLIT"), maps, strict=True)),
+        slot_bounds,
         seen is not None,
-        (q.device, q.dtype, s, maps, one_batch, seen is None),
+        (q.device, q.dtype, s, maps, one_batch, seen is None, slot_bounds is None),
     )
 
 

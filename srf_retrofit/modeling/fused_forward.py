@@ -82,7 +82,7 @@ def forward(
                     lambda: {"G": s.G, "D": s.D, "DP": s.DP, "ROWS": 64, "num_warps": 4, "num_stages": 1},
                 )  # fmt: skip
 
-            slots_of = {"G": s.G, "W": s.W, "H": s.H, "HP": s.HP}
+            slots_of = {"G": s.G, "W": s.W, "H": s.H, "HP": s.HP, "UNEVEN": call.slot_bounds is not None}
             per_run = run_blocks(s.W)
             run_keys = power(per_run * s.W)
             begins = {"WP": s.WP, "START": start[0] is not None}
@@ -90,7 +90,7 @@ def forward(
                 "rank runs", rank_run_kernel, (runs, s.G, 1),
                 (
                     t.run_table, t.block_row, t.row_block, t.key_token, t.key_position, t.block_full, received,
-                    start[3], foresight, octaves, call.one_batch, pool, blocks,
+                    start[3], foresight, octaves, call.slot_bounds, call.one_batch, pool, blocks,
                     priority, level, run_token, run_priority,
                 ),
                 lambda: slots_of | begins | s.tiles["rank"].options | {
@@ -101,15 +101,15 @@ def forward(
                 "rank scan", rank_scan_kernel, (rows, s.G, 1),
                 (
                     t.row_run, t.row_block, start[4], start[5], start[3], run_token, run_priority,
-                    priority, slots, slot_top,
+                    call.slot_bounds, priority, slots, slot_top,
                 ),
                 lambda: slots_of | begins | s.tiles["rank"].options,
             )  # fmt: skip
             launch(
                 "rank blocks", rank_block_kernel, (blocks, s.G, 1),
                 (
-                    t.block_row, t.row_block, t.row_run, t.key_token, level, run_token, run_priority, blocks,
-                    slots, slot_top, fold,
+                    t.block_row, t.row_block, t.row_run, t.key_token, level, run_token, run_priority,
+                    call.slot_bounds, blocks, slots, slot_top, fold,
                 ),
                 lambda: slots_of | {"RUN": per_run, "KEYS": run_keys} | s.tiles["rank"].options,
             )  # fmt: skip
@@ -154,13 +154,13 @@ def forward(
             (
                 q, k, v, o, t.block_row, t.query_token, t.key_token, t.key_position, t.sink_token, slots, top_token,
                 *call.query[:5], call.root, log_sum if query_half is None else query_half, *call.key[:2], key_half,
-                mean, log_mass, log_sum, half_norm, scaling, blocks, q.shape[2], query_step,
+                mean, log_mass, log_sum, half_norm, call.slot_bounds, scaling, blocks, q.shape[2], query_step,
                 *query_strides, *key_strides, *strides(o), call.one_batch, pool,
             ),
             lambda: common(
                 R=s.R, M=s.M, MP=s.MP, HEADS=wide.heads, TILES=wide.rounds, SP=s.SP, H=s.H, HP=s.HP, PART=s.PART,
                 PURE=s.PURE, TAIL=s.TAIL, MATRIX=call.maps["MATRIX"], LEARNED=s.LEARNED, SPLIT=call.maps["SPLIT"],
-                **wide.options,
+                UNEVEN=call.slot_bounds is not None, **wide.options,
             ),
         )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ from .fused_attention import attend_fused, why_not_fused
 from .fused_call import interpreted
 from .layout import Layout, cut, join, plan_layout
 from .recurrent import attend_token
-from .state import SRFState, with_features, without_features
+from .state import SRFState, slot_bounds, with_features, without_features
 from .triton_decode import decode_step_, refusal
 
 ABLATIONS = (None, "no_tail", "tail_only", "no_retained")
@@ -108,6 +108,9 @@ def srf_attention(
         with full_precision(q.device):
             maps = fold(feature_map)
     check_tensors(q, k, v, maps, chunk_size)
+    slots = config.slots(k.shape[1])  # refused where heads are not as many
+    if config.head_retained is not None and maps.slot_bounds is None:
+        maps = maps._replace(slot_bounds=slot_bounds(slots, q.device))
     maps = round_weights(maps, q.dtype)
     step = q.shape[2] == 1 and initial_state is not None
     chosen, _ = choose_backend(q, config, causal=causal, step=step, backend=backend)
@@ -350,6 +353,6 @@ def _ablated(config: SRFConfig, ablation: str | None, has_state: bool) -> SRFCon
     if ablation in ("tail_only", "no_retained"):
         if has_state:
             raise ValueError(f"ablation={ablation!r} changes the shape of the state: run it without one (no cache)")
-        exact = {"retained": 0} if ablation == "no_retained" else {"retained": 0, "window": 0, "sinks": 0}
-        return config.replace(**exact)
+        config = config.with_slots(0)
+        return config if ablation == "no_retained" else config.replace(window=0, sinks=0)
     return config

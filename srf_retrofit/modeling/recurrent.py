@@ -13,7 +13,7 @@ from .configuration import SRFConfig
 from .feature_map import FoldedMap, beside_exact_keys, log_features
 from .feature_sums import LOG_ZERO, accumulate_features
 from .retention import forecast, priority_level, rank_and_evict, round_priority
-from .state import SRFState
+from .state import SRFState, slots_by_head, slots_in_a_row
 
 
 def attend_token(
@@ -83,9 +83,11 @@ def attend_token(
             counts = counts & active.unsqueeze(-1)
             received = received.masked_fill(~counts.unsqueeze(1), float("-inf"))
             state = state._replace(window_priority=torch.maximum(state.window_priority, received))
-        retained = torch.matmul(qh, state.retained_key.to(dtype).mT) * scaling
-        logits.append(retained.masked_fill(state.retained_priority.unsqueeze(2) == float("-inf"), float("-inf")))
-        values.append(state.retained_value.to(dtype))
+        slots = config.slots(g)
+        retained = torch.matmul(qh, slots_by_head(state.retained_key, slots).to(dtype).mT) * scaling
+        empty = slots_by_head(state.retained_priority, slots, float("-inf")).unsqueeze(2) == float("-inf")
+        logits.append(retained.masked_fill(empty, float("-inf")))
+        values.append(slots_by_head(state.retained_value, slots).to(dtype))
     if not w:
         # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
         state = _fold(state, k, v, (active & ~is_sink)[:, None, None].expand(b, g, 1), maps, config, scaling)
@@ -149,14 +151,20 @@ def _finish_block(state: SRFState, full: torch.Tensor, maps: FoldedMap, config: 
         candidates = state.window_priority[:, :, :w].masked_fill(~leaves, float("-inf"))
         foreseen = None if maps.foresight is None else forecast(maps.foresight, old_k, old_v)
         candidates = priority_level(candidates, (first // w).view(-1, 1, 1), config, maps.foresight, foreseen)
-        kept, priority, evicted, evicted_priority = rank_and_evict(state.retained_priority, candidates.unsqueeze(2))
-        pool_k, pool_v = torch.cat([state.retained_key, old_k], 2), torch.cat([state.retained_value, old_v], 2)
+        slots = config.slots(g)
+        # Slots that a head has not got are taken for ever.
+        taken = slots_by_head(state.retained_priority, slots, float("inf"))
+        kept, priority, evicted, evicted_priority = rank_and_evict(taken, candidates.unsqueeze(2))
+        pool_k = torch.cat([slots_by_head(state.retained_key, slots), old_k], 2)
+        pool_v = torch.cat([slots_by_head(state.retained_value, slots), old_v], 2)
         old_k, old_v = take_keys(pool_k, evicted[:, :, 0]), take_keys(pool_v, evicted[:, :, 0])
         leaves = (evicted_priority[:, :, 0] > float("-inf")) & full[:, None, None]
         kept, priority = kept[:, :, 1], priority[:, :, 1]
         # Rows in mid-block offered no candidate, so their slots come back as they were.
         state = state._replace(
-            retained_key=take_keys(pool_k, kept), retained_value=take_keys(pool_v, kept), retained_priority=priority
+            retained_key=slots_in_a_row(take_keys(pool_k, kept), slots),
+            retained_value=slots_in_a_row(take_keys(pool_v, kept), slots),
+            retained_priority=slots_in_a_row(priority, slots),
         )
     state = _fold(state, old_k, old_v, leaves, maps, config, scaling)
 

@@ -134,6 +134,7 @@ def rank_and_evict(
     Parameters
     ----------
     retained_priority : (B, G, h)
+        `inf` for slots that nobody may have.
     candidate_priority : (B, G, N, w)
 
     Returns

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -31,9 +33,9 @@ class SRFState(NamedTuple):
     window_priority: torch.Tensor  # (B, G, 2w) float32; empty when nothing is retained
     sink_key: torch.Tensor  # (B, G, s, D)
     sink_value: torch.Tensor  # (B, G, s, D)
-    retained_key: torch.Tensor  # (B, G, h, D)
-    retained_value: torch.Tensor  # (B, G, h, D)
-    retained_priority: torch.Tensor  # (B, G, h) float32, `chunked.priority_level`; in order of position, free first
+    retained_key: torch.Tensor  # (B, H, D): the H slots of all heads, head behind head, see `slots_by_head`
+    retained_value: torch.Tensor  # (B, H, D)
+    retained_priority: torch.Tensor  # (B, H) float32, `retention.priority_level`; in order of position, free first
     length: torch.Tensor  # (B,) int64
 
     @classmethod
@@ -63,19 +65,19 @@ class SRFState(NamedTuple):
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor, for keys and values of `dtype`."""
         heads, m = (batch_size, num_kv_heads), config.num_features
-        w, s, h = config.window, config.sinks, config.retained
+        w, s, h = config.window, config.sinks, sum(config.slots(num_kv_heads))
         # float64 inputs (the oracles') keep float64 sums; everything else accumulates in float32.
         accumulator = torch.promote_types(dtype, torch.float32)
         half = getattr(torch, config.state_dtype)
-        exact = {"window": 2 * w, "sink": s, "retained": h}
-        tensors = {f"{name}_{part}": ((*heads, n, head_dim), dtype) for name, n in exact.items() for part in _PARTS}
+        exact = {"window": (*heads, 2 * w), "sink": (*heads, s), "retained": (batch_size, h)}
+        tensors = {f"{name}_{part}": ((*shape, head_dim), dtype) for name, shape in exact.items() for part in _PARTS}
         return {
             "kv_mean": ((*heads, m, head_dim), accumulator if half == torch.float32 else half),
             "k_sum": ((*heads, m), accumulator),
             "k_max": ((*heads, m), accumulator),
             **tensors,
             "window_priority": ((*heads, 2 * w if h else 0), accumulator),
-            "retained_priority": ((*heads, h), accumulator),
+            "retained_priority": ((batch_size, h), accumulator),
             "length": ((batch_size,), torch.int64),
         }
 
@@ -92,6 +94,38 @@ class SRFState(NamedTuple):
         for mine, theirs in zip(self, other, strict=True):
             mine.copy_(theirs)
         return self
+
+
+def slots_by_head(x: torch.Tensor, slots: tuple[int, ...], empty: float = 0.0) -> torch.Tensor:
+    """Slots (B, H, ...) of all heads, `slots` of each, as (B, G, h, ...), with `h` the most of any.
+
+    Those that a head has not got come first, and hold `empty`.
+    """
+    h = max(slots)
+    if min(slots) == h:
+        return x.unflatten(1, (len(slots), h))
+    missing = (x.new_full((x.shape[0], h - n, *x.shape[2:]), empty) for n in slots)
+    return torch.stack([torch.cat(pair, 1) for pair in zip(missing, x.split(slots, 1), strict=True)], 1)
+
+
+@functools.lru_cache(maxsize=256)
+def slot_bounds(slots: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
+    """Where each head's slots begin when they stand one head behind the other, and their end: (G + 1,) int32.
+
+    `None` where all heads have as many. Kept, so that a step recorded in a CUDA graph copies nothing to the device.
+    """
+    if min(slots) == max(slots):
+        return None
+    with torch.inference_mode(False):
+        return torch.tensor([0, *itertools.accumulate(slots)], dtype=torch.int32, device=device)
+
+
+def slots_in_a_row(x: torch.Tensor, slots: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of `slots_by_head`."""
+    h = max(slots)
+    if min(slots) == h:
+        return x.flatten(1, 2)
+    return torch.cat([x[:, head, h - n :] for head, n in enumerate(slots)], 1)
 
 
 def with_features(state: SRFState, count: int) -> SRFState:

@@ -28,7 +28,7 @@ from .triton_common import (
     store_rows_of_heads,
 )
 from .triton_pure import first_key, in_block_logits
-from .triton_retain import local_keys, local_logits
+from .triton_retain import absent_slots, local_keys, local_logits
 
 
 @triton.jit
@@ -68,12 +68,12 @@ def load_sinks(sink_token, row, SINKS: tl.constexpr, SP: tl.constexpr):
 def attend_kernel(
     q, k, v, o, block_row, query_token, key_token, key_position, sink_token, slot_token, top_token,
     weight, bias, norm, norm_low, norm_bias, root, given,
-    key_weight, key_bias, key_half, mean, log_mass, log_sum, half_norm, scaling, blocks, length, one_half,
+    key_weight, key_bias, key_half, mean, log_mass, log_sum, half_norm, slot_bounds, scaling, blocks, length, one_half,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, one_batch, pool,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
     SP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
-    MATRIX: tl.constexpr, LEARNED: tl.constexpr,
+    MATRIX: tl.constexpr, LEARNED: tl.constexpr, UNEVEN: tl.constexpr,
     OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of `HEADS` heads of a block; `log_sum` and `half_norm` (H, N W) are what the backward pass starts from.
@@ -110,7 +110,7 @@ def attend_kernel(
         top, mass, total = absorb(exact, sink_values, top, mass, total, OPERAND, PRECISION)
     if H > 0:
         SLOTS: tl.constexpr = min(PART, HP)
-        for start in range(0, HP, SLOTS):
+        for start in range(absent_slots(slot_bounds, g, H, UNEVEN) // SLOTS * SLOTS, HP, SLOTS):
             slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
             slot_keys = load_rows(k, slot_at, skl, D, DP, OPERAND)
             slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)

@@ -40,7 +40,7 @@ from .triton_common import (
     store_sum_gradient,
 )
 from .triton_pure import first_key, query_gradient
-from .triton_retain import local_keys, local_logits
+from .triton_retain import absent_slots, local_keys, local_logits
 
 
 @triton.jit
@@ -98,13 +98,13 @@ def query_kernel(
     weight, bias, norm, norm_bias, gram, gram_bias, root,
     key_weight, key_bias, key_half, mean, log_mass, log_sum, half_norm, delta,
     d_sink_key, d_sink_value, d_weight, d_bias, d_norm, d_norm_bias, d_given, d_top,
-    scaling, blocks, length, one_half,
+    slot_bounds, scaling, blocks, length, one_half,
     sqb, sqh, sql, skb, skg, skl, svb, svg, svl, sob, soh, sol, sdb, sdh, sdl, seb, seh, sel, one_batch, pool,
     G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, SINKS: tl.constexpr,
     SP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PART: tl.constexpr, PURE: tl.constexpr, TAIL: tl.constexpr,
     MATRIX: tl.constexpr, MAP_GRADIENT: tl.constexpr, LEARNED: tl.constexpr, GIVEN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    UNEVEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dq` and `delta = do . o` of a tile; its part of the sinks' gradients, (N, G, TILES, SINKS, D).
 
@@ -206,7 +206,7 @@ def query_kernel(
                 store_part(d_sink_value + here, 0, dot(tl.trans(sink_p.to(OPERAND)), dy, PRECISION), SINKS, SP, D, DP)
             if H > 0:
                 SLOTS: tl.constexpr = min(PART, HP)
-                for start in range(0, HP, SLOTS):
+                for start in range(absent_slots(slot_bounds, g, H, UNEVEN) // SLOTS * SLOTS, HP, SLOTS):
                     slot_at = load_vector(slot_token + (entry * G + g) * H, start, H, SLOTS, -1)
                     slot_keys = load_rows(k, slot_at, skl, D, DP, OPERAND)
                     slot_values = load_rows(v, slot_at, svl, D, DP, OPERAND)

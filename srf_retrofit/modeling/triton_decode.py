@@ -68,7 +68,8 @@ _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? active, "
     + ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(SRFState._fields))
     + "".join(f", Tensor{'?' if 'norm' in name else ''} {name}" for name in _MAP_NAMES)
-    + ", Tensor? foresight, int delay, int fade, float scaling, bool use_tail, bool rounded) -> Tensor"
+    + ", Tensor? foresight, Tensor? slot_bounds, int retained, int delay, int fade, float scaling, bool use_tail, "
+    "bool rounded) -> Tensor"
 )
 
 
@@ -123,7 +124,7 @@ def decode_step_(
     state : SRFState
         As `SRFState.layout` of this configuration, every tensor contiguous.
     maps : FoldedMap
-        Float32, one map per key/value head.
+        Float32, one map per key/value head; with `slot_bounds` where heads differ in their slots.
     config : SRFConfig
     scaling : float
         Softmax scale.
@@ -141,23 +142,24 @@ def decode_step_(
         that require one are refused where gradients are enabled.
     """
     _check(q, k, v, active, state, maps, config)
-    tensors = (q, k, v, active, *state, *maps.query, *maps.key, maps.foresight)
+    tensors = (q, k, v, active, *state, *maps.query, *maps.key, maps.foresight, maps.slot_bounds)
     delay = min(config.retention_delay, config.window // 2)
     # The operator's dispatch costs more than the kernel at small batches, so it is for graphs alone.
     step = decode_step if torch.compiler.is_compiling() else _launch
-    return step(*tensors, delay, config.fade, float(scaling), use_tail, maps.rounded_to == q.dtype)
+    rounded = maps.rounded_to == q.dtype
+    return step(*tensors, config.retained, delay, config.fade, float(scaling), use_tail, rounded)
 
 
 def _launch(*arguments: Any) -> torch.Tensor:
     """The operator `srf_retrofit::decode_step`; arguments as in its schema."""
     q, k, v, active, *rest = arguments
     state = SRFState(*rest[:12])
-    maps = [None if x is None else x.contiguous() for x in rest[12:21]]
-    delay, fade, scaling, use_tail, rounded = rest[21:]
+    maps = [None if x is None else x.contiguous() for x in rest[12:22]]
+    h, delay, fade, scaling, use_tail, rounded = rest[22:]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     b, heads, _, d = q.shape
     g, m = state.k_sum.shape[1:]
-    w, s, h = state.window_key.shape[2] // 2, state.sink_key.shape[2], state.retained_key.shape[2]
+    w, s = state.window_key.shape[2] // 2, state.sink_key.shape[2]
     out = torch.empty((b, heads, 1, d), dtype=q.dtype, device=q.device)
     if b == 0:
         return out
@@ -167,11 +169,11 @@ def _launch(*arguments: Any) -> torch.Tensor:
     half = q.dtype != torch.float32
     # Rows of a matrix that are handled at a time: float32 products run without tensor cores and take more registers.
     tile = max(16, min(64, 4096 // dp)) if half else 16
-    slots = min(_power(h), 64) if half else 16
     sizes = {
         "G": g, "R": heads // g, "RP": _power(heads // g), "D": d, "DP": dp, "M": m,
         "W": w, "WP": _power(2 * w), "EP": _power(w), "S": s, "SP": _power(s),
-        "H": h, "HT": slots, "POOL": _power(h + w), "DELAY": delay, "FADE": fade,
+        "H": h, "HT": min(_power(h), 64) if half else 16, "UNEVEN": maps[9] is not None,
+        "POOL": _power(h + w), "DELAY": delay, "FADE": fade,
         "MT": min(_power(m), tile), "NT": min(dp, tile), "FT": min(_power(m), tile, 32),
         "TAIL": use_tail, "PROJECTED": projected, "MASKED": active is not None,
         "QUERY_MATRIX": maps[2] is not None, "QUERY_SHIFT": maps[3] is not None,
@@ -199,7 +201,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
         # In the given order rows lie along the grid's second axis.
         for rows in [None] if order is None else order.split(GRID):
             decode_kernel[(b, g) if rows is None else (g, len(rows))](
-                q, k, v, out, mask, query_logs, rows, *state, *maps, scaling, scaling**0.5,
+                q, k, v, out, mask, query_logs, rows, *state, *maps, state.retained_key.shape[1], scaling, scaling**0.5,
                 q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_stride, **sizes,
             )  # fmt: skip
     return out
@@ -251,6 +253,8 @@ def _check(
             f"active must be bool of shape ({b},) on {q.device}, got {active.dtype} of shape {tuple(active.shape)} on "
             f"{active.device}"
         )
+    if (maps.slot_bounds is None) != (config.head_retained is None):
+        raise ValueError(f"maps.slot_bounds must say where the slots of head_retained={config.head_retained} begin")
     layout = SRFState.layout(config, b, g, d, q.dtype)
     for name, x in zip(SRFState._fields, state, strict=True):
         shape, dtype = layout[name]
@@ -299,18 +303,19 @@ def decode_bytes(
     phase : int, optional
         Tokens of the current block before this one, in `0..w - 1`; by default half a block.
     """
-    layout = SRFState.layout(config, 1, 1, head_dim, dtype)
-    w, s, h, m = config.window, config.sinks, config.retained, config.num_features
+    layout = SRFState.layout(config, 1, kv_heads, head_dim, dtype)
+    w, s, m, slots = config.window, config.sinks, config.num_features, sum(config.slots(kv_heads))
     element = dtype.itemsize
     phase = w // 2 if phase is None else phase
     row = head_dim * element
     features = m * head_dim * layout["kv_mean"][1].itemsize + 2 * m * 4
-    read = 2 * row * (s + (w + phase if w else 0) + h) + features + 2 * row
+    read = 2 * row * (s + (w + phase if w else 0)) + features + 2 * row
     written = 2 * row if w else features
-    if h:
+    if slots:
         # Priorities of the keys for which this query counts.
         ranked = max(0, w + phase - min(config.retention_delay, w // 2))
-        read += 4 * (ranked + h)
+        read += 4 * ranked
         written += 4 * ranked
-    per_row = kv_heads * (read + written) + 2 * heads * row + 2 * layout["length"][1].itemsize
+    per_row = kv_heads * (read + written) + slots * (2 * row + 4) + 2 * heads * row
+    per_row += 2 * layout["length"][1].itemsize
     return batch * per_row

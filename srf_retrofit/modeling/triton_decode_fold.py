@@ -124,26 +124,26 @@ def fold_keys(
 
 
 @triton.jit
-def load_pool(retained, window, place, here, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Rows `place` of `[H retained | window]`, as `load_rows`."""
-    old = load_rows(retained, place, here & (place < H), D, DP)
-    new = load_rows(window, place - H, here & (place >= H), D, DP)
-    return tl.where((place < H)[:, None], old, new)
+def load_pool(retained, window, place, here, h, D: tl.constexpr, DP: tl.constexpr):
+    """Rows `place` of `[h retained | window]`, as `load_rows`."""
+    old = load_rows(retained, place, here & (place < h), D, DP)
+    new = load_rows(window, place - h, here & (place >= h), D, DP)
+    return tl.where((place < h)[:, None], old, new)
 
 
 @triton.jit
 def move_kept(
-    retained_key, retained_value, places, window_key, window_value,
-    W: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MOVE: tl.constexpr,
+    retained_key, retained_value, places, window_key, window_value, h,
+    W: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MOVE: tl.constexpr,
 ):  # fmt: skip
     """Slot `j` takes the key at place `places[j] >= j` of the pool, in ascending tiles, so that none is lost."""
-    for j0 in range(0, H, MOVE):
+    for j0 in range(0, h, MOVE):
         j = j0 + tl.arange(0, MOVE)
-        place = tl.load(places + j, mask=j < H, other=0.0)
-        place = tl.minimum(tl.maximum(place, 0.0), H + W - 1.0).to(tl.int32)
-        moves = (j < H) & (place != j)
-        key = load_pool(retained_key, window_key, place, moves, H, D, DP)
-        value = load_pool(retained_value, window_value, place, moves, H, D, DP)
+        place = tl.load(places + j, mask=j < h, other=0.0)
+        place = tl.minimum(tl.maximum(place, 0.0), h + (W - 1.0)).to(tl.int32)
+        moves = (j < h) & (place != j)
+        key = load_pool(retained_key, window_key, place, moves, h, D, DP)
+        value = load_pool(retained_value, window_value, place, moves, h, D, DP)
         tl.debug_barrier()
         store_rows(retained_key, j, moves, key, D, DP)
         store_rows(retained_value, j, moves, value, D, DP)
@@ -152,7 +152,7 @@ def move_kept(
 @triton.jit
 def finish_block(
     position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
-    retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, foresight, root,
+    retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, foresight, root, h,
     W: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     EP: tl.constexpr, POOL: tl.constexpr, MOVE: tl.constexpr, MT: tl.constexpr, NT: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr, ROUNDED: tl.constexpr,
@@ -160,7 +160,8 @@ def finish_block(
 ):  # fmt: skip
     """After the last token of a block, at `position`: the block before leaves the window, this one takes its place.
 
-    The `H` retained keys and the `W` that leave are one pool, in order of position: `retention.rank_and_evict`. Their
+    The `h` retained keys (`H` of the head that has most) and the `W` that leave are one pool, in order of position:
+    `retention.rank_and_evict`. Their
     levels (`retention.priority_level`), with the place in the pool below, are integers without ties that sort by level
     and then by age (`triton_common.sort_keys`). In larger pools the `H`-th largest is found by bisection.
     Two lists of places, of those that stay and of those that go, are needed across threads: they are kept, as floats,
@@ -181,43 +182,43 @@ def finish_block(
             tl.store(window_priority + e, level, mask=e < W)
             tl.debug_barrier()
         i = tl.arange(0, POOL)
-        slot = i - H
+        slot = i - h
         arrives = (slot >= 0) & (slot < W) & (first + slot >= S)
-        priority = tl.load(retained_priority + i, mask=i < H, other=float("-inf"))
+        priority = tl.load(retained_priority + i, mask=i < h, other=float("-inf"))
         arriving = tl.load(window_priority + slot, mask=arrives, other=float("-inf"))
         if not FORESIGHT:
             arriving = priority_level(arriving, first // W, FADE)
-        priority = tl.where(i < H, priority, arriving)
+        priority = tl.where(i < h, priority, arriving)
         rank = sort_keys(priority, tl.max(priority, 0), i)
-        rank = tl.where(i < H + W, rank, -0x7FFFFFFF)
+        rank = tl.where(i < h + W, rank, -0x7FFFFFFF)
         if POOL <= COUNTED:
             # Everyone against everyone: more comparisons than bisection takes, in one step where that takes 31. Summed
             # over the first axis, which lies within threads.
-            stays = tl.sum((rank[:, None] > rank[None, :]).to(tl.int32), 0) < H
+            stays = tl.sum((rank[:, None] > rank[None, :]).to(tl.int32), 0) < h
         else:
-            # At least H places are >= low, fewer than H are >= high.
+            # At least h places are >= low, fewer than h are >= high.
             low = 0
             high = 0x7FFFFFFF
             for _ in range(31):
                 middle = low + ((high - low) >> 1)
-                enough = tl.sum((rank >= middle).to(tl.int32), 0) >= H
+                enough = tl.sum((rank >= middle).to(tl.int32), 0) >= h
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle)
             stays = rank >= low
-        stays = stays & (i < H + W)
-        goes = ~stays & (i < H + W)
+        stays = stays & (i < h + W)
+        goes = ~stays & (i < h + W)
         count = tl.cumsum(stays.to(tl.int32), 0)  # places that stay, up to and with each
         tl.debug_barrier()
-        tl.store(retained_priority + count - 1, i.to(tl.float32), mask=stays & (count <= H))
+        tl.store(retained_priority + count - 1, i.to(tl.float32), mask=stays & (count <= h))
         folded = tl.where(priority > float("-inf"), i, -1)  # of an empty place nothing is folded
         tl.store(window_priority + i - count, folded.to(tl.float32), mask=goes & (i - count < W))
         tl.debug_barrier()
         source = tl.load(window_priority + e, mask=e < W, other=-1.0)
         # The bounds only matter for priorities that are not numbers, which must not lead out of the buffers.
-        source = tl.minimum(tl.maximum(source, -1.0), H + W - 1.0).to(tl.int32)
+        source = tl.minimum(tl.maximum(source, -1.0), h + (W - 1.0)).to(tl.int32)
         leaves = source >= 0
-        key = load_pool(retained_key, window_key, source, leaves, H, D, DP)
-        value = load_pool(retained_value, window_value, source, leaves, H, D, DP)
+        key = load_pool(retained_key, window_key, source, leaves, h, D, DP)
+        value = load_pool(retained_value, window_value, source, leaves, h, D, DP)
     else:
         leaves = (e < W) & (first + e >= S)
         key = load_rows(window_key, e, leaves, D, DP)
@@ -228,9 +229,9 @@ def finish_block(
     )  # fmt: skip
 
     if H > 0:
-        move_kept(retained_key, retained_value, retained_priority, window_key, window_value, W, H, D, DP, MOVE)
+        move_kept(retained_key, retained_value, retained_priority, window_key, window_value, h, W, D, DP, MOVE)
         tl.debug_barrier()
-        tl.store(retained_priority + count - 1, priority, mask=stays & (count <= H))
+        tl.store(retained_priority + count - 1, priority, mask=stays & (count <= h))
 
     key = load_rows(window_key, W + e, e < W, D, DP)
     value = load_rows(window_value, W + e, e < W, D, DP)

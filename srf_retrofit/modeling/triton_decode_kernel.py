@@ -177,8 +177,8 @@ def decode_kernel(
     kv_mean, k_sum, k_max, window_key, window_value, window_priority, sink_key, sink_value,
     retained_key, retained_value, retained_priority, length,
     query_weight, query_bias, query_norm_weight, query_norm_bias,
-    key_weight, key_bias, key_norm_weight, key_norm_bias, foresight,
-    scaling, root, sqb, sqh, skb, skg, svb, svg, sab,
+    key_weight, key_bias, key_norm_weight, key_norm_bias, foresight, slot_bounds,
+    all_slots, scaling, root, sqb, sqh, skb, skg, svb, svg, sab,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, EP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     H: tl.constexpr, HT: tl.constexpr, POOL: tl.constexpr, DELAY: tl.constexpr,
@@ -186,6 +186,7 @@ def decode_kernel(
     TAIL: tl.constexpr, PROJECTED: tl.constexpr, MASKED: tl.constexpr,
     QUERY_MATRIX: tl.constexpr, QUERY_SHIFT: tl.constexpr, KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr,
     OPERAND: tl.constexpr, ROUNDED: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr,
+    UNEVEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, G): rows of one head run side by side and share its feature map in the caches. Or, if `PROJECTED`,
     (G, B): rows in the given order, so that those at the end of a block, which take longest, start first.
@@ -205,9 +206,16 @@ def decode_kernel(
     window_priority += at * (2 * W)
     sink_key += at * (S * D)
     sink_value += at * (S * D)
-    retained_key += at * (H * D)
-    retained_value += at * (H * D)
-    retained_priority += at * H
+    # Of `all_slots` of a row, this head's `h`; `H` are the most of any.
+    if UNEVEN:
+        first = tl.load(slot_bounds + g)
+        h = tl.load(slot_bounds + g + 1) - first
+    else:
+        first = g * H
+        h = H
+    retained_key += (b * all_slots + first) * D
+    retained_value += (b * all_slots + first) * D
+    retained_priority += b * all_slots + first
     query_weight += g * (M * D)
     query_bias += g * M
     key_weight += g * (M * D)
@@ -259,9 +267,9 @@ def decode_kernel(
         counts = seen & (in_window < tl.where(is_active, position - DELAY, S))
         priority = tl.load(window_priority + slot, mask=counts, other=float("-inf"))
         j = tl.arange(0, HT)
-        rp = tl.load(retained_priority + j, mask=j < H, other=float("-inf"))
-        rk = load_stream(retained_key, j, j < H, D, DP)
-        rv = load_stream(retained_value, j, j < H, D, DP)
+        rp = tl.load(retained_priority + j, mask=j < h, other=float("-inf"))
+        rk = load_stream(retained_key, j, j < h, D, DP)
+        rv = load_stream(retained_value, j, j < h, D, DP)
 
     advance(length + b, position, is_active, G)
 
@@ -304,12 +312,12 @@ def decode_kernel(
         priority = tl.maximum(priority, bits.to(tl.float32, bitcast=True))
         tl.debug_barrier()
         tl.store(window_priority + slot, priority, mask=counts)
-        for h0 in range(0, H, HT):
+        for h0 in range(0, h, HT):
             if H > HT:
                 n = h0 + HT + tl.arange(0, HT)
-                next_rp = tl.load(retained_priority + n, mask=n < H, other=float("-inf"))
-                next_rk = load_stream(retained_key, n, n < H, D, DP)
-                next_rv = load_stream(retained_value, n, n < H, D, DP)
+                next_rp = tl.load(retained_priority + n, mask=n < h, other=float("-inf"))
+                next_rk = load_stream(retained_key, n, n < h, D, DP)
+                next_rv = load_stream(retained_value, n, n < h, D, DP)
             logits_h = tl.dot(x, tl.trans(rk.to(OPERAND)), input_precision="ieee") * scaling
             logits_h = tl.where((rp > float("-inf"))[None, :], logits_h, float("-inf"))
             top, total, o = add_tile(top, total, o, logits_h, rv, OPERAND)
@@ -370,6 +378,6 @@ def decode_kernel(
             finish_block(
                 position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
                 retained_key, retained_value, retained_priority,
-                key_weight, key_bias, key_norm_weight, key_norm_bias, foresight, root,
+                key_weight, key_bias, key_norm_weight, key_norm_bias, foresight, root, h,
                 W, S, H, M, D, DP, EP, POOL, HT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, ROUNDED, FADE, FORESIGHT,
             )  # fmt: skip

@@ -119,8 +119,20 @@ def forecast_kernel(
 
 
 @triton.jit
-def pool_order(held, new, here, HP: tl.constexpr, KEYS: tl.constexpr, H: tl.constexpr):
+def absent_slots(slot_bounds, g, H: tl.constexpr, UNEVEN: tl.constexpr):
+    """How many of `H` slots, the first of them, head `g` has not got; see `state.slots_by_head`."""
+    if UNEVEN:
+        absent = H - (tl.load(slot_bounds + g + 1) - tl.load(slot_bounds + g))
+    else:
+        absent = 0
+    return absent
+
+
+@triton.jit
+def pool_order(held, new, here, absent, HP: tl.constexpr, KEYS: tl.constexpr, H: tl.constexpr):
     """Integers without ties that sort a pool, `H` slots and the later keys that are `here`, by level and then by age.
+
+    The first `absent` slots are none.
 
     Levels (HP,) and (KEYS,) are whole numbers; free slots and what may not compete, `-inf`, sort below all others, and
     what is not of the pool below these. Returns the order of both parts, of the least that a key could have that may
@@ -137,7 +149,7 @@ def pool_order(held, new, here, HP: tl.constexpr, KEYS: tl.constexpr, H: tl.cons
     order = level.to(tl.int64) * PLACES + (PLACES - 1 - slot)
     new_order = new_level.to(tl.int64) * PLACES + (PLACES - 1 - H - key)
     return (
-        tl.where(slot < H, order, below),
+        tl.where((slot >= absent) & (slot < H), order, below),
         tl.where(here, new_order, below),
         least.to(tl.int64) * PLACES,
         (most.to(tl.int64) + 1) * PLACES,
@@ -145,14 +157,17 @@ def pool_order(held, new, here, HP: tl.constexpr, KEYS: tl.constexpr, H: tl.cons
 
 
 @triton.jit
-def last_kept(order, new_order, least, high, H: tl.constexpr):
-    """The `H`-th largest of a pool in `pool_order`, of which fewer than `H` reach `high`: by bisection."""
-    low = least - PLACES
+def last_kept(order, new_order, least, high, kept):
+    """The `kept`-th largest of a pool in `pool_order`, of which fewer than `kept` reach `high`: by bisection.
+
+    `high` itself where none is kept.
+    """
+    low = tl.where(kept > 0, least - PLACES, high)
     middle = least  # whether free slots are left is found out first
     while high - low > 1:
         count = tl.sum((order >= middle).to(tl.int32), 0) + tl.sum((new_order >= middle).to(tl.int32), 0)
-        low = tl.where(count >= H, middle, low)
-        high = tl.where(count > H, high, middle + (count == H).to(tl.int64))
+        low = tl.where(count >= kept, middle, low)
+        high = tl.where(count > kept, high, middle + (count == kept).to(tl.int64))
         middle = low + ((high - low) >> 1)
     return low
 
@@ -165,17 +180,23 @@ def turns(first, second):
 
 @triton.jit
 def store_best(
-    to_token, to_level, kept, held, token, rival, here, H: tl.constexpr, HP: tl.constexpr, KEYS: tl.constexpr
+    to_token, to_level, kept, held, token, rival, here, absent, H: tl.constexpr, HP: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """Store token and level of the `H` best of slots (HP,) and the later keys (KEYS,) `here`, in order of position."""
-    order, new_order, least, high = pool_order(held, rival, here, HP, KEYS, H)
-    last = last_kept(order, new_order, least, high, H)
+    """Store token and level of the best of slots (HP,) and the later keys (KEYS,) `here`, in order of position.
+
+    As many as there are slots without the `absent` ones, which have token -1 before and after.
+    """
+    order, new_order, least, high = pool_order(held, rival, here, absent, HP, KEYS, H)
+    last = last_kept(order, new_order, least, high, H - absent)
     stays, enters = order >= last, new_order >= last
     turn, later_turn = turns(stays.to(tl.int32), enters.to(tl.int32))
-    tl.store(to_token + turn, kept, mask=stays)
-    tl.store(to_level + turn, held, mask=stays)
-    tl.store(to_token + later_turn, token, mask=enters)
-    tl.store(to_level + later_turn, rival, mask=enters)
+    tl.store(to_token + absent + turn, kept, mask=stays)
+    tl.store(to_level + absent + turn, held, mask=stays)
+    tl.store(to_token + absent + later_turn, token, mask=enters)
+    tl.store(to_level + absent + later_turn, rival, mask=enters)
+    slot = tl.arange(0, HP)
+    tl.store(to_token + slot, kept, mask=slot < absent)
+    tl.store(to_level + slot, held, mask=slot < absent)
 
 
 @triton.jit
@@ -198,9 +219,10 @@ def entry_priority(
 @triton.jit
 def rank_run_kernel(
     run_table, block_row, row_block, key_token, key_position, block_full, received, start_priority,
-    foresight, octaves, one_batch, pool, blocks, priority, level, run_token, run_priority,
+    foresight, octaves, slot_bounds, one_batch, pool, blocks, priority, level, run_token, run_priority,
     G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, KEYS: tl.constexpr,
     SINKS: tl.constexpr, D: tl.constexpr, FADE: tl.constexpr, FORESIGHT: tl.constexpr, START: tl.constexpr,
+    UNEVEN: tl.constexpr,
 ):  # fmt: skip
     """Priorities and levels of all keys that leave the window in a run of blocks, and the slots if these were all.
 
@@ -230,8 +252,10 @@ def rank_run_kernel(
     tl.store(level + (g.to(tl.int64) * blocks + first) * W + place, rival, mask=here)
 
     free = tl.full((HP,), float("-inf"), tl.float32)
+    nobody = tl.full((HP,), -1, tl.int32)
     at = (run * G + g) * H
-    store_best(run_token + at, run_priority + at, tl.full((HP,), -1, tl.int32), free, token, rival, here, H, HP, KEYS)
+    absent = absent_slots(slot_bounds, g, H, UNEVEN)
+    store_best(run_token + at, run_priority + at, nobody, free, token, rival, here, absent, H, HP, KEYS)
     if first + count == row_last:
         # The row's last block has had no competition yet.
         end = tl.arange(0, WP)
@@ -243,9 +267,10 @@ def rank_run_kernel(
 
 @triton.jit
 def rank_scan_kernel(
-    row_run, row_block, start_token, start_slot_priority, start_priority, run_token, run_priority,
+    row_run, row_block, start_token, start_slot_priority, start_priority, run_token, run_priority, slot_bounds,
     priority, slot_token, slot_priority,
     G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, START: tl.constexpr,
+    UNEVEN: tl.constexpr,
 ):  # fmt: skip
     """Turn the runs' slots, in place, into the slots before each run; one row and head.
 
@@ -272,6 +297,7 @@ def rank_scan_kernel(
         tl.store(priority + (entry * G + g) * W + key, top, mask=key < W)
     else:
         at = (low.to(tl.int64) * G + g) * H
+        absent = absent_slots(slot_bounds, g, H, UNEVEN)
         token = tl.load(run_token + at + slot, mask=here, other=-1)
         rival = tl.load(run_priority + at + slot, mask=here, other=float("-inf"))
         tl.debug_barrier()
@@ -282,7 +308,7 @@ def rank_scan_kernel(
             next_token = tl.load(run_token + at + slot, mask=here, other=-1)
             next_rival = tl.load(run_priority + at + slot, mask=here, other=float("-inf"))
             tl.debug_barrier()
-            store_best(run_token + at, run_priority + at, kept, held, token, rival, here, H, HP, HP)
+            store_best(run_token + at, run_priority + at, kept, held, token, rival, here, absent, H, HP, HP)
             tl.debug_barrier()
             kept = tl.load(run_token + at + slot, mask=here, other=-1)
             held = tl.load(run_priority + at + slot, mask=here, other=float("-inf"))
@@ -291,9 +317,10 @@ def rank_scan_kernel(
 
 @triton.jit
 def rank_block_kernel(
-    block_row, row_block, row_run, key_token, level, run_token, run_priority, blocks,
+    block_row, row_block, row_run, key_token, level, run_token, run_priority, slot_bounds, blocks,
     slot_token, slot_priority, fold_token,
     G: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, RUN: tl.constexpr, KEYS: tl.constexpr,
+    UNEVEN: tl.constexpr,
 ):  # fmt: skip
     """The slots after a block, and the tokens that are folded at its end, both in order of position.
 
@@ -316,13 +343,14 @@ def rank_block_kernel(
     kept = tl.where(held > float("-inf"), kept, -1)
     token = tl.where(rival > float("-inf"), token, -1)
 
-    order, new_order, least, high = pool_order(held, rival, here, HP, KEYS, H)
-    last = last_kept(order, new_order, least, high, H)
+    absent = absent_slots(slot_bounds, g, H, UNEVEN)
+    order, new_order, least, high = pool_order(held, rival, here, absent, HP, KEYS, H)
+    last = last_kept(order, new_order, least, high, H - absent)
     own = place >= before * W
     # Before the run all slots stay, whatever is in them.
     low = least - PLACES
     old_order = tl.where(own, low - 1, new_order)
-    old_last = last_kept(order, old_order, least, tl.where(before > 0, last + 1, low + 1), H)
+    old_last = last_kept(order, old_order, least, tl.where(before > 0, last + 1, low + 1), H - absent)
     stays, enters = order >= last, new_order >= last
     leaves = (order >= old_last) & (order < last)
     passes = ((old_order >= old_last) | (own & here)) & (new_order < last)
@@ -331,6 +359,8 @@ def rank_block_kernel(
         stays.to(tl.int32) + (leaves.to(tl.int32) << 16), enters.to(tl.int32) + (passes.to(tl.int32) << 16)
     )
     out = ((block + 1 + row) * G + g) * H
+    tl.store(slot_token + out + slot, -1, mask=slot < absent)
+    out += absent
     tl.store(slot_token + out + (turn & 0xFFFF), kept, mask=stays)
     tl.store(slot_priority + out + (turn & 0xFFFF), held, mask=stays)
     tl.store(slot_token + out + (later_turn & 0xFFFF), token, mask=enters)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..calibration import DEFAULT_GEOMETRY, GEOMETRIES
+from ..calibration import DEFAULT_GEOMETRY, GEOMETRIES, SLOTS_BY
 from ..data import BOUNDARIES, TEMPLATES
 from ..evaluation.settings import EvalSettings
 from ..modeling.configuration import SRFConfig
@@ -72,9 +72,8 @@ class DistillSettings:
     foresee : bool
         Whether slots go by a forecast, see `calibration.foresight`; on the calibration tokens, where rows are
         long enough.
-    spread_tokens : int
-        Calibration tokens by which slots are spread over the layers, see `calibration.slots`; 0: every layer has as
-        many.
+    spread_tokens, spread_by
+        Calibration tokens by which slots are spread over heads or layers, see `calibration.slots`; 0: all have as many.
     tune_tokens, tune_learning_rate
         Before anything else, next-token training of the softmax model on the text: it is then the teacher, and knows
         what the student is taught on. 0 tokens leave it out.
@@ -149,6 +148,7 @@ class DistillSettings:
     weigh_features: bool = True
     foresee: bool = True
     spread_tokens: int = 0
+    spread_by: str = "head"
     tune_tokens: int = 0
     tune_learning_rate: float = 1e-4
     transfer_tokens: int = 0
@@ -191,6 +191,7 @@ class DistillSettings:
         for name, known in (
             ("geometry", GEOMETRIES), ("boundaries", BOUNDARIES), ("train", TRAIN), ("settle", SETTLE),
             ("transfer_train", TRANSFER_TRAIN), ("dtype", DTYPES), ("report_to", REPORTS),
+            ("spread_by", SLOTS_BY),
         ):  # fmt: skip
             _one_of(name, getattr(self, name), known)
         if self.template is not None:

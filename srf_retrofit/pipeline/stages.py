@@ -127,7 +127,7 @@ def run_retrofit(work: Work, number: int) -> dict[str, Any]:
             result["calibration"] = str(report)
         if s.spread_tokens and s.srf.retained:
             few = work.text.calibration.first(max(1, s.spread_tokens // s.length))
-            result["slots"] = str(calibrate_slots(student, few.batches(s.batch_size)))
+            result["slots"] = str(calibrate_slots(student, few.batches(s.batch_size), by=s.spread_by))
             work.say(result["slots"])
         if s.random_features and s.weigh_features and not s.srf.is_pure:
             gain = calibrate_gain(student, rows)

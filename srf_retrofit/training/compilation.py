@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.attention import SRFAttention
-from ..modeling.features import SRFFeatures
+from ..modeling.attention import SRFAttention, srf_attentions
 from ..modeling.ops import choose_backend
 
 
@@ -29,7 +28,7 @@ def compiled_layers(*models: nn.Module, backend: str = "inductor") -> Iterator[N
     """Inside this context the decoder layers of these models run compiled, each as one graph without breaks.
 
     Shapes are compiled for as they come: rows of one length compile once, forward with and without gradients being two,
-    and so do layers that retain as many keys as one another.
+    and so do layers that retain as many keys as one another, or as many in the head that retains most.
     Weights, names, `state_dict` and copies of the models know nothing of it. Layers whose attention runs on the PyTorch
     core (`ops.choose_backend`) are left as they are: its loop over segments would be unrolled.
 
@@ -67,9 +66,9 @@ def compiled_layers(*models: nn.Module, backend: str = "inductor") -> Iterator[N
             layer.compile(fullgraph=True, dynamic=False, backend=backend)
         for model in models:
             # A graph cannot see that features have changed, and reads what was folded last.
-            features = [module for module in model.modules() if isinstance(module, SRFFeatures)]
-            if features:
-                hooks.append(model.register_forward_pre_hook(lambda *_, features=features: _fold(features)))
+            ours = srf_attentions(model)
+            if ours:
+                hooks.append(model.register_forward_pre_hook(lambda *_, ours=ours: _fold(ours)))
         with torch._dynamo.config.patch(recompile_limit=limit):
             yield
     finally:
@@ -88,6 +87,7 @@ def _is_opaque(attention: Any) -> bool:
     return choose_backend(q, attention.srf_config, backend=attention.backend)[0] == "triton"
 
 
-def _fold(features: list[SRFFeatures]) -> None:
-    for each in features:
-        each.folded()
+def _fold(layers: list[SRFAttention]) -> None:
+    for layer in layers:
+        if not layer.exact:
+            layer.folded()

@@ -1,4 +1,4 @@
-"""Slots by layer: costs are what they say, the total is kept, and every path takes layers that differ."""
+"""Slots by layer and head: costs are what they say, the total is kept, and every path takes heads that differ."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from srf_retrofit.calibration.slots import (
     _gradients,
     _levels,
     _weights_without_gradients,
+    _what_heads_say,
     calibrate_slots,
     spread_slots,
 )
@@ -24,6 +25,7 @@ from srf_retrofit.training.settling import settle_features
 
 CONFIG = CONFIG.replace(retained=8)
 UNEVEN = CONFIG.replace(layer_retained=(4, 12, 8))
+HEADS = CONFIG.replace(layer_retained=((4, 2), 12, (7, 11)))
 
 
 @pytest.fixture
@@ -31,8 +33,8 @@ def blocks() -> TokenBlocks:
     return TokenBlocks(torch.randint(3, 90, (3, 120), generator=torch.Generator().manual_seed(0)))
 
 
-def retained(model) -> list[int]:
-    return [layer.srf_config.retained for layer in srf_attentions(model)]
+def retained(model) -> list[tuple[int, ...]]:
+    return [layer.srf_config.slots(2) for layer in srf_attentions(model)]
 
 
 def test_the_best_sum_is_found() -> None:
@@ -42,32 +44,31 @@ def test_the_best_sum_is_found() -> None:
     assert _levels(1) == [1, 2]
     assert _levels(600)[-1] == 1024  # what the kernels hold
     for _ in range(20):
-        cost = dict(enumerate(torch.rand(4, 5, generator=generator, dtype=torch.float64).tolist()))
-        found = spread_slots(cost, levels, 32)
-        assert sum(found.values()) <= 32
+        cost = torch.rand(4, 5, generator=generator, dtype=torch.float64)
+        found = spread_slots(cost, levels, 33)
         sums = {
-            counts: sum(cost[i][levels.index(h)] for i, h in enumerate(counts))
+            counts: sum(float(cost[i, levels.index(h)]) for i, h in enumerate(counts))
             for counts in itertools.product(levels, repeat=4)
-            if sum(counts) <= 32
+            if sum(counts) <= 33
         }
-        assert sums[tuple(found.values())] == pytest.approx(min(sums.values()))
+        assert sums[tuple(found)] == pytest.approx(min(sums.values()))
 
 
 def test_a_cost_is_the_divergence_of_a_small_error() -> None:
-    """Of an error at one token, against the divergence of all predictions, as the mean over what may be drawn."""
+    """Of an error at one token of one head, against the divergence of all predictions: as the mean of what is drawn."""
     softmax = build().double()
     model = retrofit(copy.deepcopy(softmax), CONFIG)
     layer = srf_attentions(model)[1]
     row = torch.randint(3, 90, (1, 30), generator=torch.Generator().manual_seed(2))
     error = torch.zeros(1, 30, 64, dtype=torch.float64)
-    error[0, 11] = 1e-3 * torch.randn(64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    error[0, 11, 16:32] = 1e-3 * torch.randn(16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
-    def disturb(module, args, output):
-        return (output[0] + error, *output[1:])
+    def disturb(module, args):
+        return (args[0] + error,)
 
     with torch.no_grad():
         right = softmax(row).logits.log_softmax(-1)
-        handle = softmax.model.layers[1].self_attn.register_forward_hook(disturb)
+        handle = softmax.model.layers[1].self_attn.o_proj.register_forward_pre_hook(disturb)
         wrong = softmax(row).logits.log_softmax(-1)
         handle.remove()
     expected = float((right.exp() * (right - wrong)).sum())
@@ -81,33 +82,61 @@ def test_a_cost_is_the_divergence_of_a_small_error() -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_slots_go_where_they_gain(blocks) -> None:
+def test_costs_of_heads_are_those_of_their_errors(blocks) -> None:
+    """Each head's own, beside the other heads as they are."""
+    model = retrofit(build(), CONFIG)
+    layers, row = srf_attentions(model), blocks.blocks[:1]
+    by_head = calibrate_slots(copy.deepcopy(model), [row])
+    by_layer = calibrate_slots(copy.deepcopy(model), [row], by="layer")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), exact_attention(model), _weights_without_gradients(model):
+        for layer, call, gradient in _gradients(model, layers, row, generator):
+            layer.exact = False
+            layer.set_retained(4)
+            with _what_heads_say(layer) as said:
+                layer.forward(*call.args, **call.kwargs)
+            part = (gradient * (said[0] - call.heads)).double()  # two query heads of 16 for each key/value head
+            per_head = (part[..., :32].sum(-1).square().sum(), part[..., 32:].sum(-1).square().sum())
+            i = layer.layer_idx
+            assert by_head.cost[i][4] == pytest.approx([float(x) / 2 / 120 for x in per_head], rel=1e-4)
+            assert by_layer.cost[i][4] == pytest.approx([float(part.sum(-1).square().sum()) / 2 / 120], rel=1e-4)
+            layer.exact = True
+
+
+@pytest.mark.parametrize("by", ["head", "layer"])
+def test_slots_go_where_they_gain(blocks, by) -> None:
     model = retrofit(build(), CONFIG)
     model.train()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    report = calibrate_slots(model, blocks.batches(2))
+    report = calibrate_slots(model, blocks.batches(2), by=by)
     assert all(module.training for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert not any(layer.exact for layer in srf_attentions(model))
-    assert retained(model) == list(report.retained.values())
-    assert sum(report.retained.values()) <= 24
+    heads = 2 if by == "head" else 1
+    assert retained(model) == [slots * (2 // heads) for slots in report.retained.values()]
+    assert model.config.srf_config.for_layer(1) == srf_attentions(model)[1].srf_config
+    assert sum(map(sum, report.retained.values())) <= 24 * heads
     assert all(sorted(by_slots) == [4, 6, 8, 12, 16] for by_slots in report.cost.values())
-    assert report.before == pytest.approx(sum(by_slots[8] for by_slots in report.cost.values()))
-    assert report.after == pytest.approx(sum(report.cost[i][h] for i, h in report.retained.items()))
+    assert report.before == pytest.approx(sum(sum(by_slots[8]) for by_slots in report.cost.values()))
+    after = (report.cost[i][h][n] for i, slots in report.retained.items() for n, h in enumerate(slots))
+    assert report.after == pytest.approx(sum(after))
     assert report.after <= report.before
-    assert "slots spread over 3 layers by 360 tokens" in str(report)
+    assert f"spread over {3 * heads} {by}s by 360 tokens" in str(report)
     again = retrofit(build(), CONFIG)
-    assert calibrate_slots(again, blocks.batches(1)).retained == report.retained  # rows are looked at one by one
+    # Rows are looked at one by one.
+    assert calibrate_slots(again, blocks.batches(1), by=by).retained == report.retained
 
 
-def test_layers_that_differ_generate_save_and_settle(tmp_path, blocks) -> None:
+@pytest.mark.parametrize("config", [UNEVEN, HEADS], ids=["layers", "heads"])
+def test_layers_that_differ_generate_save_and_settle(tmp_path, blocks, config) -> None:
     model = build()
     before = copy.deepcopy(model)
-    plan = plan_retrofit(model, UNEVEN)
-    assert "4 to 12 (mean 8) retained" in str(plan)
-    retrofit(model, UNEVEN)
-    assert retained(model) == [4, 12, 8]
+    plan = plan_retrofit(model, config)
+    assert f"{4 if config is UNEVEN else 2} to 12 (mean 8) retained" in str(plan)
+    retrofit(model, config)
+    slots = [(4, 4), (12, 12), (8, 8)] if config is UNEVEN else [(4, 2), (12, 12), (7, 11)]
+    assert retained(model) == slots
     assert plan.state_bytes == state_cost(model)["state_bytes"]
     assert plan.state_bytes == plan_retrofit(before, CONFIG).state_bytes
     assert plan.buffer_bytes == sum(t.nbytes for n, t in model.state_dict().items() if ".attn_fn." in n)
@@ -120,12 +149,12 @@ def test_layers_that_differ_generate_save_and_settle(tmp_path, blocks) -> None:
 
     model.save_pretrained(tmp_path / "model")
     again = type(model).from_pretrained(tmp_path / "model").eval()
-    assert retained(again) == [4, 12, 8]
+    assert retained(again) == slots
     assert torch.equal(again(ids).logits, logits)
     settle_features(again)
-    assert retained(again) == [4, 12, 8]
+    assert retained(again) == slots
     again.save_pretrained(tmp_path / "settled")
-    assert retained(type(model).from_pretrained(tmp_path / "settled")) == [4, 12, 8]
+    assert retained(type(model).from_pretrained(tmp_path / "settled")) == slots
     assert torch.equal(revert(model)(ids).logits, before(ids).logits)
 
 
@@ -134,10 +163,11 @@ def test_some_layers_alone(blocks) -> None:
     report = calibrate_slots(model, blocks.batches(3))
     assert list(report.retained) == [0, 2]
     srf = model.config.srf_config
-    assert [srf.layer_retained[0], srf.layer_retained[2]] == retained(model)
+    assert [srf.for_layer(i).slots(2) for i in (0, 2)] == retained(model)
     assert srf.layer_retained[1] == CONFIG.retained
     # A second time the total is the sum of what there is.
-    assert sum(calibrate_slots(model, blocks.batches(3)).retained.values()) <= 16
+    assert sum(map(sum, calibrate_slots(model, blocks.batches(3)).retained.values())) <= 32
+    assert sum(map(sum, calibrate_slots(model, blocks.batches(3), by="layer").retained.values())) <= 16
 
 
 def test_refusals(blocks) -> None:
@@ -146,13 +176,24 @@ def test_refusals(blocks) -> None:
     with pytest.raises(ValueError, match=r"needs window >= 1 and retained >= 1, got window=0, retained=0"):
         PURE.replace(layer_retained=(1, 2))
     assert SRFConfig.from_dict(UNEVEN.to_dict()) == UNEVEN
+    assert SRFConfig.from_dict(HEADS.to_dict()) == HEADS
+    with pytest.raises(ValueError, match=r"layer_retained must be non-negative integers, got \(4, \(\)\)"):
+        CONFIG.replace(layer_retained=(4, ()))
+    with pytest.raises(ValueError, match=r"retained must be the largest of head_retained=\(4, 9\), got 8"):
+        CONFIG.replace(head_retained=(4, 9))
+    with pytest.raises(ValueError, match="leave one of them out"):
+        CONFIG.replace(head_retained=(4, 8), layer_retained=(4, 8))
     model = build()
+    with pytest.raises(ValueError, match=r"head_retained=\(1, 2, 3\) has 3 entries, but there are 2 key/value heads"):
+        retrofit(model, CONFIG.replace(layer_retained=(4, (1, 2, 3), 8)))
     with pytest.raises(ValueError, match="layer_retained for 2 layers, but the model has 3"):
         retrofit(model, CONFIG.replace(layer_retained=(4, 12)))
     assert type(model).__name__ == "LlamaForCausalLM"
     with pytest.raises(ValueError, match="no layer retains keys"):
         calibrate_slots(retrofit(build(), PURE), blocks.batches(1))
     retrofit(model, CONFIG)
+    with pytest.raises(ValueError, match="by must be one of head, layer, got 'token'"):
+        calibrate_slots(model, blocks.batches(1), by="token")
     with pytest.raises(ValueError, match="no batch to measure"):
         calibrate_slots(model, [])
     with pytest.raises(ValueError, match="predicts no token"):
@@ -165,10 +206,12 @@ def test_refusals(blocks) -> None:
         calibrate_slots(model, [{"input_ids": blocks.blocks[:1], "attention_mask": mask}])
     with pytest.raises(ValueError, match="retained=8 cannot become 0"):
         srf_attentions(model)[0].set_retained(0)
+    with pytest.raises(ValueError, match="has 3 entries, but there are 2 key/value heads"):
+        srf_attentions(model)[0].set_retained((1, 2, 3))
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(ValueError, match="predictions of the softmax model are not finite"):
         calibrate_slots(model, blocks.batches(1))
-    assert retained(model) == [8, 8, 8]
+    assert retained(model) == [(8, 8)] * 3
     assert model.config.srf_config == CONFIG
     assert not any(layer.exact for layer in srf_attentions(model))

@@ -13,7 +13,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("mode", ["32,4,32", "0,4,0"])
+@pytest.mark.parametrize("mode", ["32,4,32", "32,4,16,48", "0,4,0"])
 def test_training_continuing_and_decoding_compile_for_an_h100(mode: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": "0",

@@ -20,9 +20,11 @@ MODES = [
     for window, sinks, retained in itertools.product((0, 1, 32, 64, 100), (0, 4), (0, 1, 16))
     if window or not retained
 ]
+# Heads that retain other numbers of keys; one of them none.
+UNEVEN = [(1, 0, (3, 1)), (32, 4, (0, 16)), (64, 4, (16, 5))]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", MODES + UNEVEN, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunked_matches_the_quadratic_oracle_with_state_and_gradients(length, mode):
     config = config_of(mode)
@@ -57,12 +59,12 @@ def test_chunked_matches_the_quadratic_oracle_with_state_and_gradients(length, m
         assert error <= 1e-5 * max(theirs.abs().max().item(), scale, 1e-3), f"grad {name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", MODES + UNEVEN, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 @torch.no_grad()
 def test_recurrent_and_stepwise_match_the_quadratic_oracle(length, mode):
     config = config_of(mode)
-    heads = (2, 1) if length >= 500 else (4, 2)
+    heads = (2, 2 if mode in UNEVEN else 1) if length >= 500 else (4, 2)
     q, k, v = inputs(length, heads=heads[0], kv_heads=heads[1])
     maps = random_feature_map(heads[1], FEATURES, DIM)
     expected, expected_state = quadratic_attention(q, k, v, maps, config, output_final_state=True)
@@ -72,7 +74,7 @@ def test_recurrent_and_stepwise_match_the_quadratic_oracle(length, mode):
     assert_states_close(state, expected_state, 1e-5)
 
 
-@pytest.mark.parametrize("mode", [(0, 0, 0), (0, 4, 0), (32, 4, 16)], ids=str)
+@pytest.mark.parametrize("mode", [(0, 0, 0), (0, 4, 0), (32, 4, 16), (32, 4, (16, 3))], ids=str)
 @pytest.mark.parametrize("length", [65, 500])
 def test_bfloat16_inputs_and_their_gradients(length, mode):
     config = config_of(mode)
@@ -110,7 +112,9 @@ def test_grouped_query_attention(kv_heads):
     assert_close(srf_attention(q, k, v, maps, config)[0], expected, 1e-5)
 
 
-@pytest.mark.parametrize("mode", [(0, 0, 0), (0, 4, 0), (1, 0, 1), (32, 4, 0), (32, 4, 16), (100, 0, 16)], ids=str)
+@pytest.mark.parametrize(
+    "mode", [(0, 0, 0), (0, 4, 0), (1, 0, 1), (32, 4, 0), (32, 4, 16), (100, 0, 16), (32, 4, (7, 16))], ids=str
+)
 @pytest.mark.parametrize("cuts", [(1, 2), (31, 33), (64, 128), (7, 180)])
 @torch.no_grad()
 def test_prefill_in_pieces_continues_the_state(cuts, mode):

@@ -23,11 +23,27 @@ pytestmark = pytest.mark.usefixtures("small_parts")
 
 PURE = (0, 2, 0)
 SMALL = [(8, 2, 3), (8, 0, 0), (5, 4, 0), (1, 0, 2), PURE]
+UNEVEN = [(8, 2, (3, 5)), (4, 1, (20, 2)), (8, 0, (0, 2))]
 
 
 @pytest.mark.parametrize("mode", SMALL, ids=str)
 def test_matches_the_quadratic_oracle(mode):
     compare_plain(config_of(*mode), 53 if mode[0] != 1 else 11, random_feature_map(1, 16, 16))
+
+
+@pytest.mark.parametrize("mode", UNEVEN, ids=str)
+def test_heads_with_slots_of_their_own(mode):
+    config, maps = config_of(*mode), random_feature_map(2, 16, 16)
+    compare_plain(config, 53, maps, kv_heads=2)
+    shape = {"heads": 2, "kv_heads": 2}
+    mask = torch.rand(2, 45) > 0.3
+    state = compare_rows(config, tensors(45, batch=2, **shape), maps, attention_mask=mask)
+    state = compare_rows(config, tensors(21, batch=2, **shape), maps, state=state)
+    compare_rows(config, tensors(30, **shape), maps, state=state, cu_seqlens=torch.tensor([0, 7, 30]))
+
+
+def test_half_precision_of_heads_with_slots_of_their_own():
+    compare_plain(config_of(8, 2, (3, 5)), 40, random_feature_map(2, 16, 16), dtype=torch.bfloat16, kv_heads=2)
 
 
 @pytest.mark.parametrize("length", [1, 16, 17])

@@ -16,7 +16,7 @@ from srf_retrofit.modeling.configuration import SRFConfig
 from srf_retrofit.modeling.feature_map import FoldedMap, round_weights
 from srf_retrofit.modeling.ops import fold
 from srf_retrofit.modeling.recurrent import attend_token
-from srf_retrofit.modeling.state import SRFState
+from srf_retrofit.modeling.state import SRFState, slot_bounds
 from srf_retrofit.modeling.triton_decode import decode_bytes, decode_step, decode_step_, refusal
 from srf_retrofit.testing import assert_close, random_feature_map
 
@@ -39,8 +39,11 @@ class Layer:
         geometry="proposal", **config,
     ):  # fmt: skip
         window, sinks, retained = mode
-        self.config = SRFConfig(num_features=features, window=window, sinks=sinks, retained=retained, **config)
+        even = SRFConfig(num_features=features, window=window, sinks=sinks, retained=0, **config)
+        self.config = even.with_slots(retained)
         self.maps = fold(random_feature_map(kv_heads, features, dim, geometry=geometry).to(device))
+        bounds = slot_bounds(self.config.slots(kv_heads), torch.device(device))
+        self.maps = self.maps._replace(slot_bounds=bounds)
         self.shape, self.group, self.dtype, self.device = (rows, kv_heads, 1, dim), group, dtype, device
         self.scaling = dim**-0.5
         self.mine = SRFState.empty(self.config, rows, kv_heads, dim, dtype=dtype, device=device)
@@ -83,6 +86,8 @@ CASES = [
     ((1, 0, 2), {"group": 3, "geometry": "shift"}),
     ((0, 0, 0), {"group": 4, "dim": 20, "features": 24, "kv_heads": 2}),
     ((0, 2, 0), {"group": 1, "geometry": "shift"}),
+    ((4, 2, (1, 5)), {"kv_heads": 2, "retention_delay": 1}),
+    ((4, 0, (20, 0, 3)), {"kv_heads": 3, "retention_delay": 1, "group": 1}),
 ]
 
 
@@ -95,7 +100,7 @@ def test_every_step_equals_the_recurrent_one(mode, sizes) -> None:
         layer.check(*layer.token(), active)
 
 
-@pytest.mark.parametrize(("mode", "sizes"), [CASES[i] for i in (0, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize(("mode", "sizes"), [CASES[i] for i in (0, 3, 4, 5, 7)], ids=str)
 def test_many_rows_are_projected_together_and_served_in_order(mode, sizes, monkeypatch) -> None:
     monkeypatch.setattr(triton_decode, "LINES", 2)
     monkeypatch.setattr(triton_decode, "MANY", 2)
@@ -159,9 +164,10 @@ def test_without_the_tail(mode) -> None:
 
 def test_larger_pools_are_bisected(monkeypatch) -> None:
     monkeypatch.setattr(triton_decode_fold, "COUNTED", triton_decode_fold.tl.constexpr(0))
-    layer = Layer((2, 1, 3), rows=1)
-    for _ in range(11):
-        layer.check(*layer.token())
+    for retained in (3, (0, 3)):
+        layer = Layer((2, 1, retained), rows=1, kv_heads=2)
+        for _ in range(11):
+            layer.check(*layer.token())
 
 
 def test_rounded_weights_need_no_split() -> None:
@@ -216,6 +222,8 @@ def test_operator_is_registered_as_pytorch_asks(geometry) -> None:
             *layer.maps.query,
             *layer.maps.key,
             layer.maps.foresight,
+            None,
+            2,
             1,
             layer.config.fade,
             layer.scaling,
@@ -239,6 +247,8 @@ def test_a_second_copy_of_the_file_may_be_loaded() -> None:
         *layer.maps.query,
         *layer.maps.key,
         layer.maps.foresight,
+        None,
+        2,
         1,
         layer.config.fade,
         layer.scaling,
@@ -293,6 +303,8 @@ def test_bytes_of_a_step() -> None:
     # By hand: exact keys and values, features, priorities; what is written; q, o, and the position read and written.
     read = 2 * 128 * (4 + 48 + 64) + 64 * 64 * 4 + 512 + 4 * (40 + 64) + 2 * 128
     assert decode_bytes(config, 3, 2, 8, 64, torch.bfloat16) == 3 * (2 * (read + 4 * 40 + 256) + 8 * 2 * 128 + 16)
+    uneven = config.with_slots((32, 96))
+    assert decode_bytes(uneven, 3, 2, 8, 64, torch.bfloat16) == decode_bytes(config, 3, 2, 8, 64, torch.bfloat16)
     pure = SRFConfig(num_features=16, window=0, sinks=0, retained=0, state_dtype="bfloat16")
     one = 2 * (16 * 64 * 2 + 2 * 16 * 4) + 2 * 128
     assert decode_bytes(pure, 1, 1, 1, 64, torch.bfloat16) == one + 2 * 128 + 16
@@ -308,6 +320,7 @@ REAL = [
     ((64, 4, 64), 128, 128, 4),
     ((32, 4, 64), 128, 256, 8),
     ((128, 4, 256), 128, 32, 1),
+    ((32, 4, (64, 200)), 64, 64, 3),
     ((0, 0, 0), 64, 64, 4),
     ((0, 4, 0), 128, 128, 8),
 ]

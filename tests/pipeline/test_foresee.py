@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from builders import CONFIG
 from distill_runs import small, write_text
 from toy_tokenizers import byte_llama, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
+from srf_retrofit import SRFConfig
 from srf_retrofit.calibration import least_row
 from srf_retrofit.modeling.attention import srf_attentions
 from srf_retrofit.modeling.features import no_foresight
@@ -28,16 +30,21 @@ def test_slots_are_foreseen_where_rows_are_long_enough(tmp_path) -> None:
         assert ("foresight" in results["retrofit"]) == (name == "long")
 
 
-def test_slots_are_spread_over_layers(tmp_path) -> None:
+@pytest.mark.parametrize("by", ["head", "layer"])
+def test_slots_are_spread(tmp_path, by) -> None:
     text = write_text(tmp_path)
     settings = small(
-        tmp_path / "out", text, srf=CONFIG.replace(retained=8), spread_tokens=256, train="all", tokens=512,
+        tmp_path / "out", text, srf=CONFIG.replace(retained=8), spread_tokens=256, spread_by=by, train="all",
+        tokens=512,
     )  # fmt: skip
     model, results = distill_model(byte_llama(), byte_tokenizer(), settings, progress=False)
-    counts = [layer.srf_config.retained for layer in srf_attentions(model)]
-    assert set(counts) <= {4, 6, 8, 12, 16}
-    assert sum(counts) <= 8 * len(counts)
+    counts = [layer.srf_config.slots(layer.attn_fn.num_kv_heads) for layer in srf_attentions(model)]
+    flat = [h for slots in counts for h in slots]
+    assert set(flat) <= {4, 6, 8, 12, 16}
+    assert sum(flat) <= 8 * len(flat)
+    assert by == "head" or all(len(set(slots)) == 1 for slots in counts)
     assert results["retrofit"]["slots"] in (tmp_path / "out/report.md").read_text()
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
-    assert [layer.srf_config.retained for layer in srf_attentions(saved)] == counts
-    assert results["evaluation"]["model"]["srf"]["layer_retained"] == counts
+    assert [layer.srf_config.slots(layer.attn_fn.num_kv_heads) for layer in srf_attentions(saved)] == counts
+    srf = SRFConfig.from_dict(results["evaluation"]["model"]["srf"])
+    assert [srf.for_layer(i).slots(len(slots)) for i, slots in enumerate(counts)] == counts
