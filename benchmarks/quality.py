@@ -140,7 +140,7 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
     if run.get("spread"):
         spread = run["spread"]
         few = blocks.first(spread["rows"]).batches(1)
-        out["slots"] = str(calibrate_slots(model, few, by=spread.get("by", "layer")))
+        out["slots"] = str(calibrate_slots(model, few, by=spread["by"], shares=spread["shares"]))
     if run.get("settle"):
         settle_features(model)
     return model

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from .observation import evaluating, whole_rows
 # Whose number of slots is chosen.
 SLOTS_BY = ("head", "layer")
 # Shares of the mean that each may have. A few values alone, for each is compiled for by itself.
-SHARES = (0.5, 0.75, 1.0, 1.5, 2.0)
+SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Positions whose logits are held at a time.
 _CHUNK = 512
 
@@ -65,10 +65,12 @@ class SlotsReport:
         )
 
 
-def calibrate_slots(model: PreTrainedModel, batches: Any, *, by: str = "head") -> SlotsReport:
+def calibrate_slots(
+    model: PreTrainedModel, batches: Any, *, by: str = "head", shares: Sequence[float] = SHARES
+) -> SlotsReport:
     """Spread the slots of all heads by what each loses without them, in place; their total does not grow.
 
-    Everyone gets between half and twice the mean of all. Needs the memory of one training step on a row, without
+    Everyone gets a quarter to four times the mean of all. Needs the memory of one training step on a row, without
     gradients of weights. Call it after `calibrate_foresight` and `calibrate`, which decide what slots are filled with
     and what is left to them, and before `calibrate_gain`. Caches begun before cannot be continued.
 
@@ -80,6 +82,8 @@ def calibrate_slots(model: PreTrainedModel, batches: Any, *, by: str = "head") -
         Whole rows, without padding, as long as the contexts that matter. Some 4 thousand tokens.
     by : {"head", "layer"}
         Whether key/value heads of a layer may differ, or layers alone.
+    shares : sequence of float
+        What each may have, in parts of the mean; one of them has to be 1 or less, all are above 0.
 
     Returns
     -------
@@ -91,10 +95,13 @@ def calibrate_slots(model: PreTrainedModel, batches: Any, *, by: str = "head") -
         When the model is wrapped, by PEFT for example.
     ValueError
         When no layer retains keys, there is no head for the next token, no batch, a row holds padding, `by` is another
-        word, or what is found is not finite. Nothing is changed then.
+        word, `shares` leave everyone above the mean or without a slot, or what is found is not finite. Nothing is
+        changed then.
     """
     if by not in SLOTS_BY:
         raise ValueError(f"by must be one of {', '.join(SLOTS_BY)}, got {by!r}")
+    if not shares or min(shares) <= 0 or min(shares) > 1:
+        raise ValueError(f"shares must be above 0, and one of them not above 1, got {tuple(shares)}")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a Transformers model, got {type(model).__name__}: give the model inside it")
     layers = [layer for layer in srf_attentions(model) if layer.srf_config.retained]
@@ -111,7 +118,7 @@ def calibrate_slots(model: PreTrainedModel, batches: Any, *, by: str = "head") -
     before = {layer.layer_idx: layer.srf_config.slots(heads) for layer in layers}
     # In the head's slots, or in those that all heads of a layer have.
     total = sum(map(sum, before.values())) * units // heads
-    levels = _levels(total / (len(layers) * units))
+    levels = _levels(total / (len(layers) * units), shares)
     asked: list[tuple[int, ...]] = [(h,) * heads for h in levels]
     sums = {i: torch.zeros(len(asked) + 1, units, dtype=torch.float64) for i in before}
     tokens = sum(row.numel() for row in rows)
@@ -151,7 +158,8 @@ def spread_slots(cost: torch.Tensor, levels: list[int], total: int) -> list[int]
     for by_level in cost.double():
         sums = torch.full((len(sizes), total + 1), math.inf, dtype=torch.float64)
         for i, size in enumerate(sizes):
-            sums[i, : total + 1 - size] = least[size:] + by_level[i]
+            if size <= total:
+                sums[i, : total + 1 - size] = least[size:] + by_level[i]
         least, choice = sums.min(0)
         choices.append(choice.to(torch.int8))
     left = int(least.argmin())
@@ -167,11 +175,11 @@ def _entry(slots: tuple[int, ...]) -> int | tuple[int, ...]:
     return slots[0] if len(set(slots)) == 1 else slots
 
 
-def _levels(mean: float) -> list[int]:
-    """The numbers of slots that a layer may have, rising; the smallest fits for all."""
+def _levels(mean: float, shares: Sequence[float]) -> list[int]:
+    """The numbers of slots that each may have, rising; the smallest fits for all."""
     # Beyond what the kernels hold, layers would fall back to PyTorch.
     most = max(MAX_RETAINED, math.floor(mean))
-    return sorted({min(max(1, math.floor(share * mean)), most) for share in SHARES})
+    return sorted({min(max(1, math.floor(share * mean)), most) for share in shares})
 
 
 @dataclass

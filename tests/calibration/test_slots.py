@@ -11,6 +11,7 @@ from builders import CONFIG, PURE, build
 
 from srf_retrofit import SRFConfig, plan_retrofit, retrofit, revert
 from srf_retrofit.calibration.slots import (
+    SHARES,
     _gradients,
     _levels,
     _weights_without_gradients,
@@ -39,10 +40,13 @@ def retained(model) -> list[tuple[int, ...]]:
 
 def test_the_best_sum_is_found() -> None:
     generator = torch.Generator().manual_seed(1)
-    levels = _levels(8)
+    cost = torch.tensor([[3.0, 2.0, 0.0]] * 2)
+    assert spread_slots(cost, [1, 2, 8], 4) == [2, 2]  # for the dearest there is no room
+    levels = _levels(8, (0.5, 0.75, 1.0, 1.5, 2.0))
     assert levels == [4, 6, 8, 12, 16]
-    assert _levels(1) == [1, 2]
-    assert _levels(600)[-1] == 1024  # what the kernels hold
+    assert _levels(8, SHARES) == [2, 4, 8, 16, 32]
+    assert _levels(1, SHARES) == [1, 2, 4]
+    assert _levels(600, SHARES)[-1] == 1024  # what the kernels hold
     for _ in range(20):
         cost = torch.rand(4, 5, generator=generator, dtype=torch.float64)
         found = spread_slots(cost, levels, 33)
@@ -117,7 +121,7 @@ def test_slots_go_where_they_gain(blocks, by) -> None:
     assert retained(model) == [slots * (2 // heads) for slots in report.retained.values()]
     assert model.config.srf_config.for_layer(1) == srf_attentions(model)[1].srf_config
     assert sum(map(sum, report.retained.values())) <= 24 * heads
-    assert all(sorted(by_slots) == [4, 6, 8, 12, 16] for by_slots in report.cost.values())
+    assert all(sorted(by_slots) == [2, 4, 8, 16, 32] for by_slots in report.cost.values())
     assert report.before == pytest.approx(sum(sum(by_slots[8]) for by_slots in report.cost.values()))
     after = (report.cost[i][h][n] for i, slots in report.retained.items() for n, h in enumerate(slots))
     assert report.after == pytest.approx(sum(after))
@@ -194,6 +198,8 @@ def test_refusals(blocks) -> None:
     retrofit(model, CONFIG)
     with pytest.raises(ValueError, match="by must be one of head, layer, got 'token'"):
         calibrate_slots(model, blocks.batches(1), by="token")
+    with pytest.raises(ValueError, match=r"one of them not above 1, got \(2.0,\)"):
+        calibrate_slots(model, blocks.batches(1), shares=(2.0,))
     with pytest.raises(ValueError, match="no batch to measure"):
         calibrate_slots(model, [])
     with pytest.raises(ValueError, match="predicts no token"):

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import srf_retrofit.modeling.saving as saving
 from srf_retrofit import retrofit
 from srf_retrofit.modeling.attention import srf_attentions
+from srf_retrofit.modeling.configuration import CONFIG_VERSION
 from srf_retrofit.modeling.configuration_hf import SRFLlamaConfig
 from srf_retrofit.modeling.modeling import SRFLlamaForCausalLM, SRFLlamaModel
 
@@ -236,8 +237,8 @@ FIRST = "model.layers.0.self_attn.attn_fn."
     ("damage", "message"),
     [
         (
-            lambda d: change_config(d, version=4),
-            "has version 4, but this release of srf_retrofit reads up to version 3",
+            lambda d: change_config(d, version=CONFIG_VERSION + 1),
+            f"has version {CONFIG_VERSION + 1}, but this release of srf_retrofit reads up to version {CONFIG_VERSION}",
         ),
         (lambda d: change_config(d, kernel="cosine"), r"unknown SRF configuration field\(s\) kernel"),
         (lambda d: change_config(d, window=-1), "window must be >= 0, got -1"),
