@@ -37,7 +37,7 @@ MODELING_FLOORS = [
     {"feature_attention", "fused_call", "triton_attend", "triton_decode_kernel"},
     {"chunked", "triton_attend_backward", "triton_decode"},
     {"recurrent", "bidirectional", "fused_forward", "checks"},
-    {"layout", "fused_backward"},
+    {"layout", "fused_backward", "head_groups"},
     {"fused"},
     {"fused_attention"},
     {"ops"},

@@ -154,6 +154,7 @@ class SRFAttention(nn.Module):
             raise ValueError(f"retained={self.srf_config.retained} cannot become {slots}: retrofit the model anew")
         config.slots(self.attn_fn.num_kv_heads)
         self.srf_config = self.attn_fn.config = config
+        self._slot_bounds = None
 
     def use_fast_attn_(self, flag: bool) -> None:
         """The seed's switch: random features if `flag`, the original softmax attention if not."""
@@ -229,12 +230,10 @@ class SRFAttention(nn.Module):
         slots share it: where these begin is then a tensor like any other.
         """
         maps = self.attn_fn.folded(dtype)
-        if self.srf_config.head_retained is None:
-            return maps
-        if self._slot_bounds is None or not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             slots = self.srf_config.slots(self.attn_fn.num_kv_heads)
             self._slot_bounds = slot_bounds(slots, self.attn_fn.device)
-        return maps._replace(slot_bounds=self._slot_bounds)
+        return maps if self._slot_bounds is None else maps._replace(slot_bounds=self._slot_bounds)
 
     def _forget(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logarithms of the forget gate (B, G, L), if this layer has one."""

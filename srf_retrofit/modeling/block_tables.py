@@ -188,13 +188,11 @@ def block_counts(rows: int, length: int, w: int, documents: list[tuple[int, int]
     return [-(-(end - start + lead) // w) for start, end in documents]
 
 
-def pool_keys(state: SRFState | None, x: torch.Tensor, side: str, packed: bool, slots: tuple[int, ...]) -> torch.Tensor:
+def pool_keys(state: SRFState, x: torch.Tensor, side: str, packed: bool, slots: tuple[int, ...]) -> torch.Tensor:
     """`x` (B, G, L, D) with the state's exact keys (or values) before it, as `plan_blocks` names them.
 
     `slots` are those of each head.
     """
-    if state is None:
-        return x
     sink, retained, window = (getattr(state, f"{part}_{side}") for part in ("sink", "retained", "window"))
     kept = torch.cat([sink, slots_by_head(retained, slots), window], 2)
     if packed:

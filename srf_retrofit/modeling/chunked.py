@@ -20,7 +20,7 @@ from .feature_map import FoldedMap, beside_exact_keys, linear_features, log_feat
 from .feature_sums import LOG_ZERO, accumulate_features, feature_keys
 from .retention import PURE_BLOCK, Grid, forecast, local_priorities, place_on_grid, priority_level, rank_and_evict
 from .softmax_parts import attend_parts
-from .state import SRFState, slots_by_head, slots_in_a_row
+from .state import SRFState
 
 
 def take_keys(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def attend_segment(
     state : SRFState
         Before the segment, feature part in the accumulation dtype.
     maps, config, scaling
-        As in `ops.srf_attention`.
+        As in `ops.srf_attention`, for heads that retain as many keys as one another.
     use_tail : bool
         False leaves the features out of the softmax (an ablation); the state is the same.
     continues : bool
@@ -110,7 +110,7 @@ def attend_segment(
     values.append(torch.cat([before_v, vf], 3))
 
     # Keys that leave the window at each boundary: folded into the features, or kept in a retained slot.
-    slots, counts = None, config.slots(g)
+    slots = None
     folded_k, folded_v = before_k, before_v
     may_fold = (grid.position - w >= s)[:, None].expand(b, g, n, w)
     if h:
@@ -123,14 +123,11 @@ def attend_segment(
             candidates = priority_level(
                 candidates, (grid.position[:, None, :, :1] - w) // w, config, maps.foresight, foreseen
             )
-            # Slots that a head has not got are taken for ever, and seen by nobody.
-            taken = slots_by_head(state.retained_priority, counts, float("inf"))
-            slots, slot_priority, evicted, evicted_priority = rank_and_evict(taken, candidates)
+            held = state.retained_priority.view(b, g, h)
+            slots, slot_priority, evicted, evicted_priority = rank_and_evict(held, candidates)
             may_fold = evicted_priority > float("-inf")
-        pool_k, pool_v = (
-            torch.cat([slots_by_head(kept, counts).to(dtype), before.flatten(2, 3)], 2)
-            for kept, before in ((state.retained_key, before_k), (state.retained_value, before_v))
-        )
+        pool_k = torch.cat([state.retained_key.to(dtype).view(b, g, h, d), before_k.flatten(2, 3)], 2)
+        pool_v = torch.cat([state.retained_value.to(dtype).view(b, g, h, d), before_v.flatten(2, 3)], 2)
         folded_k, folded_v = take_keys(pool_k, evicted), take_keys(pool_v, evicted)
         retained = torch.matmul(scaled, take_keys(pool_k, slots[:, :, :n]).mT)
         empty = slot_priority[:, :, :n, None].isinf()
@@ -168,9 +165,9 @@ def attend_segment(
         final = slots[rows, :, boundary]
         new = new._replace(
             window_priority=_two_blocks(priority, boundary, float("-inf")),
-            retained_priority=slots_in_a_row(slot_priority[rows, :, boundary], counts),
-            retained_key=slots_in_a_row(take_keys(pool_k, final), counts).to(k.dtype),
-            retained_value=slots_in_a_row(take_keys(pool_v, final), counts).to(v.dtype),
+            retained_priority=slot_priority[rows, :, boundary].flatten(1),
+            retained_key=take_keys(pool_k, final).to(k.dtype).flatten(1, 2),
+            retained_value=take_keys(pool_v, final).to(v.dtype).flatten(1, 2),
         )
     return o, new
 

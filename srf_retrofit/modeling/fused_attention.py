@@ -102,9 +102,12 @@ def attend_fused(
     state : SRFState or None
     """
     packed = documents is not None
-    slots = config.slots(k.shape[1])
-    keys, values = pool_keys(state, k, "key", packed, slots), pool_keys(state, v, "value", packed, slots)
-    start: list[torch.Tensor | None] = [None] * 6 if state is None else _start(state, config, slots, packed)
+    keys, values = k, v
+    start: list[torch.Tensor | None] = [None] * 6
+    if state is not None:
+        slots = config.slots(k.shape[1])
+        keys, values = pool_keys(state, k, "key", packed, slots), pool_keys(state, v, "value", packed, slots)
+        start = _start(state, config, slots, packed)
     bounds = maps.slot_bounds
     ends = None if documents is None else [documents[0][0], *(end for _, end in documents)]
     learned = isinstance(maps.query, SoftmaxFeatures)

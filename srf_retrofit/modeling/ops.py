@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +21,7 @@ from .feature_map import FeatureMap, FoldedMap, LinearFeatures, fold_feature_map
 from .forget_gate import forgotten
 from .fused_attention import attend_fused, why_not_fused
 from .fused_call import interpreted
+from .head_groups import attend_by_groups
 from .layout import Layout, cut, join, plan_layout
 from .recurrent import attend_token
 from .state import SRFState, slot_bounds, with_features, without_features
@@ -108,9 +110,9 @@ def srf_attention(
         with full_precision(q.device):
             maps = fold(feature_map)
     check_tensors(q, k, v, maps, chunk_size)
-    slots = config.slots(k.shape[1])  # refused where heads are not as many
-    if config.head_retained is not None and maps.slot_bounds is None:
-        maps = maps._replace(slot_bounds=slot_bounds(slots, q.device))
+    # The numbers themselves are not looked at where maps bring them, so that a graph need not be compiled for each.
+    if maps.slot_bounds is None and config.head_retained is not None:
+        maps = maps._replace(slot_bounds=slot_bounds(config.slots(k.shape[1]), q.device))
     maps = round_weights(maps, q.dtype)
     step = q.shape[2] == 1 and initial_state is not None
     chosen, _ = choose_backend(q, config, causal=causal, step=step, backend=backend)
@@ -172,7 +174,10 @@ def srf_attention(
             layout = plan_layout(b, length, q.device, config, attention_mask, documents, initial_state, chunk_size)
             if initial_state is None:
                 initial_state = SRFState.empty(config, rows, k.shape[1], d, dtype=k.dtype, device=k.device)
-            o, state = _walk_segments(q, k, v, past, layout, initial_state, maps, config, scaling, use_tail)
+            o, state = attend_by_groups(
+                partial(_walk_segments, layout=layout, scaling=scaling, use_tail=use_tail),
+                q, k, v, past, initial_state, maps, config,
+            )  # fmt: skip
     if not output_final_state or state is None:
         return o, None
     if ends is not None:
@@ -264,10 +269,11 @@ def _walk_segments(
     k: torch.Tensor,
     v: torch.Tensor,
     past: torch.Tensor | None,
-    layout: Layout,
     state: SRFState,
     maps: FoldedMap,
     config: SRFConfig,
+    *,
+    layout: Layout,
     scaling: float,
     use_tail: bool,
 ) -> tuple[torch.Tensor, SRFState]:

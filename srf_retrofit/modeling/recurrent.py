@@ -6,6 +6,8 @@ keys, both blocks and the features in one softmax, and once a row's block is ful
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .chunked import take_keys
@@ -55,6 +57,7 @@ def attend_token(
     is_sink = active & (position < s)
 
     logits, values = [], []
+    beside: _Slots | None = None
     if s:
         here = (torch.arange(s, device=q.device) == position.unsqueeze(-1)) & is_sink.unsqueeze(-1)
         state = _write(state, "sink_key", here, k)
@@ -83,24 +86,32 @@ def attend_token(
             counts = counts & active.unsqueeze(-1)
             received = received.masked_fill(~counts.unsqueeze(1), float("-inf"))
             state = state._replace(window_priority=torch.maximum(state.window_priority, received))
-        slots = config.slots(g)
-        retained = torch.matmul(qh, slots_by_head(state.retained_key, slots).to(dtype).mT) * scaling
-        empty = slots_by_head(state.retained_priority, slots, float("-inf")).unsqueeze(2) == float("-inf")
-        logits.append(retained.masked_fill(empty, float("-inf")))
-        values.append(slots_by_head(state.retained_value, slots).to(dtype))
+        if config.head_retained is None:
+            key, value = (x.unflatten(1, (g, h)).to(dtype) for x in (state.retained_key, state.retained_value))
+            empty = (state.retained_priority == float("-inf")).view(b, g, 1, h)
+            logits.append((torch.matmul(qh, key.mT) * scaling).masked_fill(empty, float("-inf")))
+            values.append(value)
+        else:
+            beside = _attend_slots(qh, state, config.slots(g), scaling)
     if not w:
         # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
         state = _fold(state, k, v, (active & ~is_sink)[:, None, None].expand(b, g, 1), maps, config, scaling)
     if use_tail:
         # The state is kept as pseudo-keys already; see `chunked.feature_keys`.
         log_mass = state.k_max.clamp_min(LOG_ZERO) + state.k_sum.clamp_min(0.5).log()
-        log_query = beside_exact_keys(log_features(qh, maps.query, scaling), maps.query, logits)
+        exact_keys = logits if beside is None else [*logits, beside.largest]
+        log_query = beside_exact_keys(log_features(qh, maps.query, scaling), maps.query, exact_keys)
         logits.append(log_query + log_mass.unsqueeze(-2))
         values.append(state.kv_mean.to(dtype))
     else:
         logits.append(qh.new_full((b, g, heads // g, 1), LOG_ZERO))
         values.append(qh.new_zeros(b, g, 1, d))
-    o = torch.matmul(torch.cat(logits, -1).softmax(-1), torch.cat(values, 2)).view(b, heads, 1, d)
+    whole = torch.cat(logits, -1)
+    o = torch.matmul(whole.softmax(-1), torch.cat(values, 2))
+    if beside is not None:
+        share = torch.sigmoid(beside.log_mass - whole.logsumexp(-1, keepdim=True))
+        o = o + share * (beside.output - o)
+    o = o.view(b, heads, 1, d)
 
     state = state._replace(length=position + active)
     if w:
@@ -109,6 +120,34 @@ def attend_token(
         if torch.compiler.is_compiling() or bool(full.any()):
             state = _finish_block(state, full, maps, config, scaling)
     return o, state
+
+
+class _Slots(NamedTuple):
+    """Attention to retained keys alone, (B, G, R, ...)."""
+
+    largest: torch.Tensor  # logit
+    log_mass: torch.Tensor
+    output: torch.Tensor
+
+
+def _attend_slots(q: torch.Tensor, state: SRFState, slots: tuple[int, ...], scaling: float) -> _Slots:
+    """Heads that retain different numbers of keys, one after the other: padding them would cost copies of all.
+
+    q : (B, G, R, D)
+    """
+    parts = (x.split(slots, 1) for x in (state.retained_key, state.retained_value, state.retained_priority))
+    found = []
+    for head, (key, value, priority) in enumerate(zip(*parts, strict=True)):
+        if not key.shape[1]:
+            nothing = q.new_full((*q[:, head].shape[:-1], 1), LOG_ZERO)
+            found.append(_Slots(nothing, nothing, torch.zeros_like(q[:, head])))
+            continue
+        logits = torch.matmul(q[:, head], key.to(q.dtype).mT) * scaling
+        # Finite, so that a head whose slots are all empty has a mean of them, of no weight.
+        logits = logits.masked_fill((priority == float("-inf")).unsqueeze(1), LOG_ZERO)
+        output = torch.matmul(logits.softmax(-1), value.to(q.dtype))
+        found.append(_Slots(logits.amax(-1, keepdim=True), logits.logsumexp(-1, keepdim=True), output))
+    return _Slots(*(torch.stack(x, 1) for x in zip(*found, strict=True)))
 
 
 def _write(state: SRFState, name: str, here: torch.Tensor, x: torch.Tensor) -> SRFState:

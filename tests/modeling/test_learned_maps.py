@@ -23,6 +23,8 @@ KINDS = {
     "relu": RELU,
     "trained": CONFIG.replace(feature_map="trained"),
     "none": EXACT_ONLY,
+    "hedgehog, uneven heads": HEDGEHOG.with_slots((0, 6)),
+    "random, uneven heads": CONFIG.with_slots((2, 7)),
     "pure hedgehog": SRFConfig(num_features=16, window=0, sinks=0, retained=0, feature_map="hedgehog"),
     "pure relu": SRFConfig(num_features=16, window=0, sinks=2, retained=0, feature_map="relu"),
 }

@@ -85,6 +85,33 @@ def test_layers_that_retain_differently_are_compiled_one_by_one() -> None:
     assert torch._dynamo.config.recompile_limit < len(slots)
 
 
+def test_layers_whose_heads_retain_differently_share_a_graph() -> None:
+    """Where their slots begin is a tensor: the graph is for the largest number alone, and for the number of heads."""
+    torch.compiler.reset()
+    slots = ((2, 5), (5, 1), (5, 3), (0, 5))
+    config = SRFConfig(num_features=16, window=4, sinks=0, retained=4, layer_retained=slots)
+    model = retrofit(tiny_llama(num_hidden_layers=len(slots)), config)
+    for layer in srf_attentions(model):
+        layer.backend = "triton"
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    ids = torch.randint(3, 90, (1, 30))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        with compiled_layers(model, backend=count):
+            found = model(ids, use_cache=False).logits
+    assert len(graphs) == 1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for layer in srf_attentions(model):
+        layer.backend = "torch"
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_layers_on_the_pytorch_core_stay_eager_and_their_softmax_teacher_does_not() -> None:
     model = student("torch")
     teacher = frozen_copy(model)
