@@ -75,7 +75,7 @@ class DemoSettings:
     `steps` optimizer steps of `batch_size` blocks of `length` tokens, at `learning_rate` with linear warm-up and
     cosine decay. `resample` says when features are drawn anew, see `ResampleSchedule`; `weigh_tokens` calibration
     tokens decide how loud each head's features are, and 0 leaves them as they are. With `foresee` the calibration
-    tokens also say which keys are worth a slot, and `spread_tokens` of them how many slots each layer gets; 0: as many
+    tokens also say which keys are worth a slot, and `spread_tokens` of them how many slots each head gets; 0: as many
     as any other. See `calibration`.
     """
 
