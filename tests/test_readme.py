@@ -108,11 +108,11 @@ def test_table_of_quality(tables: Any, tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / f"quality-gpu-{name}.json").write_text(json.dumps({"runs": runs}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     lines = tables.quality_tuned_table().splitlines()
-    assert lines[0].split("|")[2:-1] == [" state ", " 0 ", " 1M ", " 2.5M ", " 10M ", " end, 4k ", " end, 8k "]
+    assert lines[0].split("|")[2:-1] == [" state ", " 0 ", " 1M ", " 2.5M ", " 10M ", " last, 4k ", " last, 8k "]
     assert lines[2:] == [
         "| softmax |  | 20.00 | 18.00 |  | 17.00 | 16.25 |  |",
         "| ours | 199 |  | 19.00 ±0.00 | 18.60 ±0.10 | 18.05 ±0.05 | 17.30 ±0.05 |  |",
-        "| cut off | 199 |  | 30.00 | 25.00 |  |  |  |",
+        "| cut off | 199 |  | 30.00 | 25.00 |  | 24.25 |  |",
     ]
     assert [line.split(" | ")[0] for line in tables.quality_untuned_table().splitlines()[2:]] == ["| plain"]
     monkeypatch.setattr(tables, "HEADLINE", ("softmax", "ours"))
