@@ -180,7 +180,7 @@ def mean_and_spread(values: list[float], digits: int = 2) -> str:
 
 
 def perplexity_table(groups: list[tuple[str, Runs]]) -> str:
-    """By form of attention: state, perplexity at 1k by tokens of training, and in longer windows at the last of them."""
+    """By form of attention: state, perplexity at 1k by tokens of training, and longer windows at the last of them."""
     budgets = [in_millions(n) for n in sorted({at for _, runs in groups for run in runs for at in stages(run)})]
     budgets = list(dict.fromkeys(budgets))
     rows = []

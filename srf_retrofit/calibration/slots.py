@@ -70,7 +70,7 @@ def calibrate_slots(
 ) -> SlotsReport:
     """Spread the slots of all heads by what each loses without them, in place; their total does not grow.
 
-    Everyone gets a quarter to four times the mean of all. Needs the memory of one training step on a row, without
+    Each gets a quarter to four times the mean of all. Needs the memory of one training step on a row, without
     gradients of weights. Call it after `calibrate_foresight` and `calibrate`, which decide what slots are filled with
     and what is left to them, and before `calibrate_gain`. Caches begun before cannot be continued.
 
@@ -116,7 +116,7 @@ def calibrate_slots(
     heads = layers[0].attn_fn.num_kv_heads
     units = heads if by == "head" else 1
     before = {layer.layer_idx: layer.srf_config.slots(heads) for layer in layers}
-    # In the head's slots, or in those that all heads of a layer have.
+    # Counted by head, or by layer as those that each of its heads has.
     total = sum(map(sum, before.values())) * units // heads
     levels = _levels(total / (len(layers) * units), shares)
     asked: list[tuple[int, ...]] = [(h,) * heads for h in levels]
@@ -126,7 +126,8 @@ def calibrate_slots(
     with evaluating(model), exact_attention(model), _weights_without_gradients(model):
         for row in tqdm(rows, desc="spread the slots", unit="row", delay=2, leave=False):
             for layer, call, gradient in _gradients(model, layers, row, generator):
-                for j, slots in enumerate([*asked, before[layer.layer_idx]]):
+                present = before[layer.layer_idx]
+                for j, slots in enumerate(asked if present in asked else [*asked, present]):
                     sums[layer.layer_idx][j] += _cost(layer, slots, call, gradient, units)
     off = [i for i, by_slots in sums.items() if not by_slots.isfinite().all()]
     if off:
@@ -144,8 +145,9 @@ def calibrate_slots(
         layer_retained=tuple(_entry(spread.get(i) or kept[i].slots(heads)) for i in kept),
     )
     cost = {i: {h: tuple(x[j].tolist()) for j, h in enumerate(levels)} for i, x in costs.items()}
-    after = sum(cost[i][h][n] for i, slots in spread.items() for n, h in enumerate(slots))
-    return SlotsReport(spread, cost, sum(float(x[-1].sum()) for x in costs.values()), after, tokens)
+    had = sum(float(costs[i][asked.index(slots) if slots in asked else -1].sum()) for i, slots in before.items())
+    has = sum(cost[i][h][n] for i, slots in spread.items() for n, h in enumerate(slots))
+    return SlotsReport(spread, cost, had, has, tokens)
 
 
 def spread_slots(cost: torch.Tensor, levels: list[int], total: int) -> list[int]:
