@@ -13,7 +13,7 @@ Of what `RUNS.yaml` may say of a run: `milestones` are numbers of tokens after w
 budget of one schedule. `softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone
 does. `tuned: N` does that with the first N tokens, and retrofits and distils what comes out with the others: the tuned
 model is then the teacher. `then: {tokens, length, learning_rate}` goes on in rows of another length, in a schedule of
-its own. `recall_share` puts rows among the text that ask for what stood far back. `lora: {rank, alpha, targets}` trains
+its own. `tokens: 0`, or no more than `tuned`: what is fitted is judged, and nothing trained. `recall_share` puts rows among the text that ask for what stood far back. `lora: {rank, alpha, targets}` trains
 adapters alone, which are merged before a model is judged.
 
 What has been found is in RESULTS.json at any time; a run without `trained` was cut off. The last line printed is JSON.
@@ -192,6 +192,10 @@ def one_run(
     recall, tasks = run.get("recall", False), run.get("tasks", False)
     out["zero_shot"] = judge(model, recall=False, tasks=False)
     log(run["name"], "zero-shot", out["zero_shot"])
+    if not steps:
+        out |= {"tokens": run.get("tuned") or 0, "trained": judge(model, recall=recall, tasks=tasks)}
+        log(run["name"], "fitted only", out["trained"])
+        return
     transfer = int(run.get("transfer", {}).get("share", 0) * steps)
     start = time.perf_counter()
     if transfer:

@@ -156,7 +156,7 @@ def perplexities(runs: Runs, budget: str, n: int = 1024) -> list[float]:
 
 def stages(run: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """What a run's model was judged to be, by tokens of text, those that its teacher was tuned on among them."""
-    found = {run["settings"].get("tuned", 0): run["zero_shot"]["perplexity"]} | {
+    found = {run["settings"].get("tuned") or 0: run["zero_shot"]["perplexity"]} | {
         int(at): each for at, each in run.get("milestones", {}).items()
     }
     return found | ({planned(run): run["trained"]["perplexity"]} if "trained" in run else {})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .calibration import calibrate, calibrate_foresight, calibrate_gain, calibrate_slots
+from .calibration import calibrate, calibrate_all, calibrate_foresight, calibrate_gain, calibrate_slots
 from .modeling.attention import ablated_attention, exact_attention
 from .modeling.cache import state_bytes
 from .modeling.configuration import SRFConfig
@@ -27,6 +27,7 @@ __all__ = [
     "SRFConfig",
     "ablated_attention",
     "calibrate",
+    "calibrate_all",
     "calibrate_foresight",
     "calibrate_gain",
     "calibrate_slots",

@@ -6,6 +6,7 @@ at both; and `gain` of each head's features, which looks at what is left to them
 
 from __future__ import annotations
 
+from .all_fits import Calibrations, calibrate_all
 from .foresight import calibrate_foresight, least_row
 from .gain import calibrate_gain
 from .geometry import (
@@ -27,11 +28,13 @@ __all__ = [
     "GEOMETRIES",
     "SLOTS_BY",
     "CalibrationReport",
+    "Calibrations",
     "Geometry",
     "LayerMoments",
     "Moments",
     "balance",
     "calibrate",
+    "calibrate_all",
     "calibrate_foresight",
     "calibrate_gain",
     "calibrate_slots",

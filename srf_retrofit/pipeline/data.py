@@ -82,7 +82,7 @@ class DistillText:
     Attributes
     ----------
     training : Mixture
-        Rows of attention transfer, then those of the logit stage.
+        Rows of attention transfer, then those of the logit stage; where there are no steps, one row that nobody reads.
     calibration : TokenBlocks
         Rows of training text, without boundaries.
     held_out : TokenBlocks or None
@@ -113,13 +113,15 @@ def prepare(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Di
     wanted = (settings.tune_steps + settings.transfer_steps + settings.steps) * settings.rows_per_step
     judged = needed_tokens(settings.eval)
     training, held_out = _documents(settings, tokenizer, split=bool(judged))
-    blocks = [_pack(source, documents, settings, tokenizer, wanted) for source, documents in training.items()]
+    # Where nothing is trained, a row of each source stands for it.
+    limit = max(1, wanted)
+    blocks = [_pack(source, documents, settings, tokenizer, limit) for source, documents in training.items()]
     some = next(iter(training.values()))
     rows = max(1, settings.calibration_tokens // settings.length)
     calibration = _cross("calibration", some, tokenizer, settings.length, rows)
     sources: list[Any] = list(blocks)
     weights = list(settings.text_weights or [len(block) for block in blocks])
-    if settings.recall_share:
+    if settings.recall_share and wanted:
         prose = _cross("filler", some, tokenizer, settings.length, _FILLER_BLOCKS)
         count = math.ceil(wanted * settings.recall_share) + 2
         sources.append(
@@ -129,18 +131,21 @@ def prepare(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Di
         )
         total = sum(weights)
         weights = [(1 - settings.recall_share) * weight / total for weight in weights] + [settings.recall_share]
-    mixture = Mixture(sources, weights, length=wanted, seed=settings.seed)
+    mixture = Mixture(sources, weights, length=limit, seed=settings.seed)
     names = list(training)
     _check_amount(settings, names, blocks, mixture, wanted)
     judge_on = None
     if judged:
         judge_on = _cross("held-out", held_out, tokenizer, settings.eval.length, -(-judged // settings.eval.length))
+    counts, epochs_read = list(mixture.counts), list(mixture.epochs)
+    if not wanted:
+        counts, epochs_read = [0] * len(counts), [0.0] * len(counts)
     facts = {
         "sources": [
             {"name": name, "tokens": block.num_tokens, "rows": count, "epochs": round(epochs, 4)}
-            for name, block, count, epochs in zip(names, blocks, mixture.counts, mixture.epochs, strict=False)
+            for name, block, count, epochs in zip(names, blocks, counts, epochs_read, strict=False)
         ],
-        "recall_rows": mixture.counts[-1] if settings.recall_share else 0,
+        "recall_rows": counts[-1] if settings.recall_share else 0,
         "calibration_tokens": calibration.num_tokens,
         "held_out_tokens": judge_on.num_tokens if judge_on else 0,
     }

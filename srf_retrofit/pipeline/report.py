@@ -42,7 +42,8 @@ def write_distillation(results: dict[str, Any], directory: str | Path) -> Path:
         Of the page.
     """
     directory = Path(directory)
-    plot(results, directory / "report.png")
+    if results["training"]:
+        plot(results, directory / "report.png")
     evaluation = results.get("evaluation")
     drawn = bool(evaluation) and evaluation_plot.plot(evaluation, directory / "evaluation.png")  # type: ignore[arg-type]
     write_text(directory / "report.md", markdown(results, figure="evaluation.png" if drawn else None))
@@ -63,15 +64,20 @@ def markdown(results: dict[str, Any], *, figure: str | None = None) -> str:
         )
     gate = ", a forget gate" if srf["forget_gate"] else ""
     slots = f"{SRFConfig.from_dict(srf).retained_text} retained keys{' on average' if spread else ''}"
+    how = (
+        f"Fitted on {results['text']['calibration_tokens']:,} tokens in rows of {settings['length']:,}, not distilled."
+    )
+    if steps:
+        how = (
+            f"{steps:,} steps of {settings['tokens_per_step']:,} tokens towards the teacher's logits, in rows of "
+            f"{settings['length']:,}; trained: {settings['train']}."
+        )
     parts = [
-        f"# {Path(settings['model']).name}, distilled",
+        f"# {Path(settings['model']).name}, {'distilled' if steps else 'retrofitted'}",
         f"{srf['num_features']} `{srf['feature_map']}` features, blocks of {srf['window']} positions, {srf['sinks']} "
-        f"sinks, {slots}{gate}. {steps:,} steps of {settings['tokens_per_step']:,} tokens "
-        f"towards the teacher's logits, in rows of {settings['length']:,}; trained: {settings['train']}.{tuned}",
+        f"sinks, {slots}{gate}. {how}{tuned}",
         *([f"{spread}."] if spread else []),
-        "![Losses by step](report.png)",
-        "## Training",
-        _training(results),
+        *(["![Losses by step](report.png)", "## Training", _training(results)] if results["training"] else []),
         "## Text",
         _text(results["text"]),
     ]

@@ -23,7 +23,7 @@ EXACT = "exact"
 # Fields of the evaluation's own settings that a distillation decides itself.
 _NOT_OF_EVALUATION = ("model", "teacher", "text", "text_field", "all_text", "device", "dtype", "output", "overwrite")
 _LEAST = {
-    "length": 2, "tokens": 1, "tokens_per_step": 1, "batch_size": 1, "calibration_tokens": 1, "transfer_tokens": 0,
+    "length": 2, "tokens": 0, "tokens_per_step": 1, "batch_size": 1, "calibration_tokens": 1, "transfer_tokens": 0,
     "spread_tokens": 0, "tune_tokens": 0, "lora_rank": 1, "lora_alpha": 1, "chunk_size": 1, "save_every": 0, "seed": 0,
     "max_epochs": 1, "warmup_steps": 0,
 }  # fmt: skip
@@ -60,7 +60,8 @@ class DistillSettings:
     length : int
         Tokens of a row.
     tokens, tokens_per_step : int
-        Budget of the logit stage, and its share of one optimizer step; padding counts.
+        Budget of the logit stage, and its share of one optimizer step; padding counts. 0 tokens: the model is fitted
+        to the text (`calibration.calibrate_all`), and not distilled.
     batch_size : int
         Rows in one forward.
     boundaries : {"cross", "respect", "pad"}

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..calibration import calibrate, calibrate_foresight, calibrate_gain, calibrate_slots, least_row
+from ..calibration import calibrate_all
 from ..evaluation.suite import check, evaluate_model, state_cost
 from ..files import atomic_directory
 from ..modeling.attention import srf_attentions
@@ -70,7 +70,7 @@ def plan(settings: DistillSettings) -> list[str]:
     """Names of the stages, in order."""
     names = ["tune"] if settings.tune_steps else []
     names.append("retrofit")
-    if settings.eval_untrained and settings.eval.parts:
+    if settings.eval_untrained and settings.eval.parts and (settings.transfer_steps or settings.steps):
         names.append(UNTRAINED)
     if settings.transfer_steps:
         names.append("transfer")
@@ -118,20 +118,14 @@ def run_retrofit(work: Work, number: int) -> dict[str, Any]:
         retrofit(student, s.srf)
         result["plan"] = found.to_dict()
         rows = list(work.text.calibration.batches(s.batch_size))
-        if s.foresee and s.srf.retained and s.length > least_row(s.srf):
-            result["foresight"] = str(calibrate_foresight(student, rows))
-            work.say(result["foresight"])
-        if s.random_features:
-            report = calibrate(student, rows, geometry=s.geometry, max_tokens=None)
-            work.say(str(report))
-            result["calibration"] = str(report)
-        if s.spread_tokens and s.srf.retained:
-            few = work.text.calibration.first(max(1, s.spread_tokens // s.length))
-            result["slots"] = str(calibrate_slots(student, few.batches(s.batch_size), by=s.spread_by))
-            work.say(result["slots"])
-        if s.random_features and s.weigh_features and not s.srf.is_pure:
-            gain = calibrate_gain(student, rows)
-            work.say(str(gain))
+        fits = calibrate_all(
+            student, rows, foresee=s.foresee, geometry=s.geometry, spread_tokens=s.spread_tokens,
+            spread_by=s.spread_by, weigh=s.weigh_features, say=work.say,
+        )  # fmt: skip
+        named = {"foresight": fits.foresight, "calibration": fits.geometry, "slots": fits.slots}
+        result |= {name: str(report) for name, report in named.items() if report is not None}
+        if fits.gains is not None:
+            gain = fits.gains
             result["gains"] = {"before": gain.before, "after": gain.after, "summary": str(gain)}
     elif work.teacher is None and not shares_teacher(s):
         work.teacher = frozen_copy(student)

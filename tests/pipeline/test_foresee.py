@@ -1,8 +1,9 @@
-"""Foresight, and slots by layer, as parts of a distillation."""
+"""Foresight, and slots by head, as parts of a distillation or by themselves."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from builders import CONFIG
 from distill_runs import small, write_text
 from toy_tokenizers import byte_llama, byte_tokenizer
@@ -48,3 +49,26 @@ def test_slots_are_spread(tmp_path, by) -> None:
     assert [layer.srf_config.slots(layer.attn_fn.num_kv_heads) for layer in srf_attentions(saved)] == counts
     srf = SRFConfig.from_dict(results["evaluation"]["model"]["srf"])
     assert [srf.for_layer(i).slots(len(slots)) for i, slots in enumerate(counts)] == counts
+
+
+def test_a_recipe_may_fit_and_not_train(tmp_path) -> None:
+    text = write_text(tmp_path)
+    settings = small(
+        tmp_path / "out", text, srf=CONFIG.replace(retained=8), tokens=0, spread_tokens=256, recall_share=0.05,
+        eval_untrained=True, length=192, tokens_per_step=192, batch_size=1,
+    )  # fmt: skip
+    teacher = byte_llama()
+    before = {name: p.clone() for name, p in teacher.state_dict().items()}
+    model, results = distill_model(teacher, byte_tokenizer(), settings, progress=False)
+    assert results["training"] == {}
+    assert not results["untrained"]
+    assert results["text"]["recall_rows"] == 0
+    assert [source["rows"] for source in results["text"]["sources"]] == [0]
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items() if ".attn_fn." not in name)
+    page = (tmp_path / "out/report.md").read_text()
+    assert "tokens in rows of 192, not distilled" in page
+    assert results["retrofit"]["slots"] in page
+    assert "report.png" not in page
+    assert not (tmp_path / "out/report.png").exists()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    assert torch.equal(saved(torch.arange(60)[None]).logits, model(torch.arange(60)[None]).logits)

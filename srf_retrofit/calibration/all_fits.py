@@ -1,0 +1,104 @@
+"""Everything that is fitted before training, in the order in which one fit stands on another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..modeling.attention import srf_attentions
+from ..modeling.features import SRFFeatures
+from .foresight import ForesightReport, calibrate_foresight, least_row
+from .gain import GainReport, calibrate_gain
+from .geometry import DEFAULT_GEOMETRY, CalibrationReport, calibrate
+from .observation import whole_rows
+from .slots import SlotsReport, calibrate_slots
+
+
+@dataclass(frozen=True)
+class Calibrations:
+    """What each fit found, in their order; `None` of those that there was nothing to fit for."""
+
+    foresight: ForesightReport | None = None
+    geometry: CalibrationReport | None = None
+    slots: SlotsReport | None = None
+    gains: GainReport | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(x for x in (self.foresight, self.geometry, self.slots, self.gains) if x is not None)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def calibrate_all(
+    model: PreTrainedModel,
+    batches: Any,
+    *,
+    foresee: bool = True,
+    geometry: str | None = DEFAULT_GEOMETRY,
+    spread_tokens: int = 16384,
+    spread_by: str = "head",
+    weigh: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Calibrations:
+    """Fit all that can be fitted without training: most of what a retrofit loses comes back here.
+
+    Which keys are worth a slot (`calibrate_foresight`), the geometry of the features (`calibrate`), whose slots they
+    are (`calibrate_slots`) and how loud features may be (`calibrate_gain`), each where the model has what it is for:
+    learned maps keep what they are, a form that retains no keys has no slots. Each fit is a pass of the softmax model
+    over the batches, the third with gradients of its activations.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A retrofitted causal language model.
+    batches : iterable of (B, L) int64, or of mappings with `input_ids`
+        Whole rows, without padding, as long as the contexts that matter. Some 16 thousand tokens. Kept in memory.
+    foresee : bool
+        Where rows are long enough, see `least_row`.
+    geometry : str, optional
+        As in `calibrate`; `None` keeps the one there is.
+    spread_tokens, spread_by
+        Tokens, of the first rows, that `calibrate_slots` is given, and its `by`; 0 leaves all heads their slots.
+    weigh : bool
+        Not in the pure form, where a factor on all features cancels.
+    say : callable, optional
+        Told of each fit when it is done.
+
+    Returns
+    -------
+    Calibrations
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the fits do. Those that were done before stay.
+    """
+    layers = srf_attentions(model)
+    if not layers:
+        raise ValueError("the model has no retrofitted layer to calibrate: call retrofit(model) first")
+    rows = list(whole_rows(batches))
+    if not rows:
+        raise ValueError("there was no batch to calibrate on: give some thousand tokens")
+    length = min(ids.shape[1] for ids in rows)
+    retaining = [layer.srf_config for layer in layers if layer.srf_config.retained]
+    random = [x.srf_config for x in layers if isinstance(x.attn_fn, SRFFeatures) and x.srf_config.num_features]
+    found: dict[str, Any] = {}
+
+    def note(name: str, report: Any) -> None:
+        found[name] = report
+        say(str(report))
+
+    if foresee and retaining and length > max(map(least_row, retaining)):
+        note("foresight", calibrate_foresight(model, rows))
+    if random and geometry is not None:
+        note("geometry", calibrate(model, rows, geometry=geometry, max_tokens=None))
+    if spread_tokens and retaining:
+        singly = [row for ids in rows for row in ids.split(1)]
+        note("slots", calibrate_slots(model, singly[: max(1, spread_tokens // length)], by=spread_by))
+    if random and weigh and not random[0].is_pure:
+        note("gains", calibrate_gain(model, rows))
+    return Calibrations(**found)
