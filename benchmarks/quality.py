@@ -12,9 +12,10 @@ Models are judged in bfloat16.
 Of what `RUNS.yaml` may say of a run: `milestones` are numbers of tokens after which perplexity is also taken: every
 budget of one schedule. `softmax: true` fine-tunes the softmax model itself on the same tokens: what the text alone
 does. `tuned: N` does that with the first N tokens, and retrofits and distils what comes out with the others: the tuned
-model is then the teacher. `then: {tokens, length, learning_rate}` goes on in rows of another length, in a schedule of
-its own. `tokens: 0`, or no more than `tuned`: what is fitted is judged, and nothing trained. `recall_share` puts rows among the text that ask for what stood far back. `lora: {rank, alpha, targets}` trains
-adapters alone, which are merged before a model is judged.
+model is then the teacher. Where that leaves no tokens, what is fitted is judged, and nothing trained. `then: {tokens,
+length, learning_rate}` goes on in rows of another length, in a schedule of its own. `recall_share` puts rows among the
+text that ask for what stood far back. `lora: {rank, alpha, targets}` trains adapters alone, which are merged before a
+model is judged.
 
 What has been found is in RESULTS.json at any time; a run without `trained` was cut off. The last line printed is JSON.
 """

@@ -6,8 +6,6 @@ keys, both blocks and the features in one softmax, and once a row's block is ful
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .chunked import take_keys
@@ -57,7 +55,7 @@ def attend_token(
     is_sink = active & (position < s)
 
     logits, values = [], []
-    beside: _Slots | None = None
+    uneven: torch.Tensor | None = None
     if s:
         here = (torch.arange(s, device=q.device) == position.unsqueeze(-1)) & is_sink.unsqueeze(-1)
         state = _write(state, "sink_key", here, k)
@@ -92,25 +90,25 @@ def attend_token(
             logits.append((torch.matmul(qh, key.mT) * scaling).masked_fill(empty, float("-inf")))
             values.append(value)
         else:
-            beside = _attend_slots(qh, state, config.slots(g), scaling)
+            uneven = _slot_logits(qh, state, config.slots(g), scaling)
     if not w:
         # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
         state = _fold(state, k, v, (active & ~is_sink)[:, None, None].expand(b, g, 1), maps, config, scaling)
     if use_tail:
         # The state is kept as pseudo-keys already; see `chunked.feature_keys`.
         log_mass = state.k_max.clamp_min(LOG_ZERO) + state.k_sum.clamp_min(0.5).log()
-        exact_keys = logits if beside is None else [*logits, beside.largest]
+        exact_keys = logits if uneven is None else [*logits, uneven]
         log_query = beside_exact_keys(log_features(qh, maps.query, scaling), maps.query, exact_keys)
         logits.append(log_query + log_mass.unsqueeze(-2))
         values.append(state.kv_mean.to(dtype))
     else:
         logits.append(qh.new_full((b, g, heads // g, 1), LOG_ZERO))
         values.append(qh.new_zeros(b, g, 1, d))
-    whole = torch.cat(logits, -1)
-    o = torch.matmul(whole.softmax(-1), torch.cat(values, 2))
-    if beside is not None:
-        share = torch.sigmoid(beside.log_mass - whole.logsumexp(-1, keepdim=True))
-        o = o + share * (beside.output - o)
+    if uneven is None:
+        o = torch.matmul(torch.cat(logits, -1).softmax(-1), torch.cat(values, 2))
+    else:
+        weight, to_slots = torch.cat([*logits, uneven], -1).softmax(-1).tensor_split([-h], -1)
+        o = torch.matmul(weight, torch.cat(values, 2)) + _slot_values(to_slots, state, config.slots(g))
     o = o.view(b, heads, 1, d)
 
     state = state._replace(length=position + active)
@@ -122,32 +120,28 @@ def attend_token(
     return o, state
 
 
-class _Slots(NamedTuple):
-    """Attention to retained keys alone, (B, G, R, ...)."""
+def _slot_logits(q: torch.Tensor, state: SRFState, slots: tuple[int, ...], scaling: float) -> torch.Tensor:
+    """Logits (B, G, R, h) of q (B, G, R, D) over retained keys, of which heads have different numbers.
 
-    largest: torch.Tensor  # logit
-    log_mass: torch.Tensor
-    output: torch.Tensor
-
-
-def _attend_slots(q: torch.Tensor, state: SRFState, slots: tuple[int, ...], scaling: float) -> _Slots:
-    """Heads that retain different numbers of keys, one after the other: padding them would cost copies of all.
-
-    q : (B, G, R, D)
+    Padded to the most of any; to pad the keys themselves would copy all of them at every token.
     """
-    parts = (x.split(slots, 1) for x in (state.retained_key, state.retained_value, state.retained_priority))
-    found = []
-    for head, (key, value, priority) in enumerate(zip(*parts, strict=True)):
-        if not key.shape[1]:
-            nothing = q.new_full((*q[:, head].shape[:-1], 1), LOG_ZERO)
-            found.append(_Slots(nothing, nothing, torch.zeros_like(q[:, head])))
-            continue
-        logits = torch.matmul(q[:, head], key.to(q.dtype).mT) * scaling
-        # Finite, so that a head whose slots are all empty has a mean of them, of no weight.
-        logits = logits.masked_fill((priority == float("-inf")).unsqueeze(1), LOG_ZERO)
-        output = torch.matmul(logits.softmax(-1), value.to(q.dtype))
-        found.append(_Slots(logits.amax(-1, keepdim=True), logits.logsumexp(-1, keepdim=True), output))
-    return _Slots(*(torch.stack(x, 1) for x in zip(*found, strict=True)))
+    scaled = q * scaling
+    hidden = torch.zeros_like(state.retained_priority).masked_fill_(
+        state.retained_priority == float("-inf"), float("-inf")
+    )
+    logits = q.new_full((*q.shape[:3], max(slots)), float("-inf"))
+    parts = zip(state.retained_key.split(slots, 1), hidden.split(slots, 1), slots, strict=True)
+    for head, (key, bias, n) in enumerate(parts):
+        logits[:, head, :, :n] = torch.baddbmm(bias.unsqueeze(1), scaled[:, head], key.to(q.dtype).mT)
+    return logits
+
+
+def _slot_values(weight: torch.Tensor, state: SRFState, slots: tuple[int, ...]) -> torch.Tensor:
+    """Retained values in weights (B, G, R, h), as `_slot_logits` has them: (B, G, R, D)."""
+    out = weight.new_empty(*weight.shape[:3], state.retained_value.shape[-1])
+    for head, (value, n) in enumerate(zip(state.retained_value.split(slots, 1), slots, strict=True)):
+        out[:, head] = torch.matmul(weight[:, head, :, :n], value.to(weight.dtype))
+    return out
 
 
 def _write(state: SRFState, name: str, here: torch.Tensor, x: torch.Tensor) -> SRFState:
