@@ -13,7 +13,7 @@ from .configuration import SRFConfig
 from .feature_map import FoldedMap, beside_exact_keys, log_features
 from .feature_sums import LOG_ZERO, accumulate_features
 from .retention import forecast, priority_level, rank_and_evict, round_priority
-from .state import SRFState, slots_by_head, slots_in_a_row
+from .state import SRFState
 
 
 def attend_token(
@@ -172,6 +172,35 @@ def _fold(
     )
 
 
+def _compete(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    priority: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    candidates: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Retained keys (B, G h, D) and those that leave the window (B, G, w, D): who is kept, who is folded.
+
+    `priority` (B, G h) and `candidates` (B, G, w) are levels, `-inf` for nobody. Returns keys, values and levels that
+    are kept, keys and values (B, G, w, D) that are not, and which of these there are.
+    """
+    b, g, _, d = new_key.shape
+    kept, level, evicted, evicted_level = rank_and_evict(priority.view(b, g, -1), candidates.unsqueeze(2))
+    pool_k, pool_v = (
+        torch.cat([x.view(b, g, -1, d), new], 2) for x, new in ((key, new_key), (value, new_value))
+    )  # fmt: skip
+    kept, evicted = kept[:, :, 1], evicted[:, :, 0]
+    return (
+        take_keys(pool_k, kept).flatten(1, 2),
+        take_keys(pool_v, kept).flatten(1, 2),
+        level[:, :, 1].flatten(1),
+        take_keys(pool_k, evicted),
+        take_keys(pool_v, evicted),
+        evicted_level[:, :, 0] > float("-inf"),
+    )
+
+
 def _finish_block(state: SRFState, full: torch.Tensor, maps: FoldedMap, config: SRFConfig, scaling: float) -> SRFState:
     """For the rows `full` (B,): the previous block leaves the window, the current one takes its place."""
     w, h = config.window, config.retained
@@ -184,21 +213,19 @@ def _finish_block(state: SRFState, full: torch.Tensor, maps: FoldedMap, config: 
         candidates = state.window_priority[:, :, :w].masked_fill(~leaves, float("-inf"))
         foreseen = None if maps.foresight is None else forecast(maps.foresight, old_k, old_v)
         candidates = priority_level(candidates, (first // w).view(-1, 1, 1), config, maps.foresight, foreseen)
+        # Heads with as many slots as one another compete side by side, others in turn.
         slots = config.slots(g)
-        # Slots that a head has not got are taken for ever.
-        taken = slots_by_head(state.retained_priority, slots, float("inf"))
-        kept, priority, evicted, evicted_priority = rank_and_evict(taken, candidates.unsqueeze(2))
-        pool_k = torch.cat([slots_by_head(state.retained_key, slots), old_k], 2)
-        pool_v = torch.cat([slots_by_head(state.retained_value, slots), old_v], 2)
-        old_k, old_v = take_keys(pool_k, evicted[:, :, 0]), take_keys(pool_v, evicted[:, :, 0])
-        leaves = (evicted_priority[:, :, 0] > float("-inf")) & full[:, None, None]
-        kept, priority = kept[:, :, 1], priority[:, :, 1]
+        groups = [(0, g)] if config.head_retained is None else [(head, head + 1) for head in range(g)]
+        widths = [sum(slots[low:high]) for low, high in groups]
+        parts = (x.split(widths, 1) for x in (state.retained_key, state.retained_value, state.retained_priority))
+        found = [
+            _compete(key, value, level, old_k[:, low:high], old_v[:, low:high], candidates[:, low:high])
+            for (low, high), key, value, level in zip(groups, *parts, strict=True)
+        ]
+        key, value, priority, old_k, old_v, leaves = (torch.cat(x, 1) for x in zip(*found, strict=True))
+        leaves = leaves & full[:, None, None]
         # Rows in mid-block offered no candidate, so their slots come back as they were.
-        state = state._replace(
-            retained_key=slots_in_a_row(take_keys(pool_k, kept), slots),
-            retained_value=slots_in_a_row(take_keys(pool_v, kept), slots),
-            retained_priority=slots_in_a_row(priority, slots),
-        )
+        state = state._replace(retained_key=key, retained_value=value, retained_priority=priority)
     state = _fold(state, old_k, old_v, leaves, maps, config, scaling)
 
     def shift(x: torch.Tensor, empty: float) -> torch.Tensor:
