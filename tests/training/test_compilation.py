@@ -61,12 +61,11 @@ def test_one_graph_for_all_layers_with_the_same_results_and_with_new_features() 
     assert not model._forward_pre_hooks
 
 
-def test_layers_that_retain_differently_are_compiled_one_by_one() -> None:
-    """More kinds of layers than Dynamo lets a function have graphs by default."""
+def graphs_of(config: SRFConfig, ids: torch.Tensor) -> tuple[int, Any, torch.Tensor]:
+    """Graphs that a model with so many layers has compiled on the kernels, with the same logits as eager: all three."""
     torch.compiler.reset()
-    slots = tuple(range(1, 11))
-    config = SRFConfig(num_features=16, window=8, sinks=0, retained=4, layer_retained=slots)
-    model = retrofit(tiny_llama(num_hidden_layers=len(slots)), config)
+    assert config.layer_retained is not None
+    model = retrofit(tiny_llama(num_hidden_layers=len(config.layer_retained)), config)
     for layer in srf_attentions(model):
         layer.backend = "triton"
     graphs: list[Any] = []
@@ -75,37 +74,30 @@ def test_layers_that_retain_differently_are_compiled_one_by_one() -> None:
         graphs.append(graph)
         return graph.forward
 
-    ids = torch.randint(3, 90, (1, 20))
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         with compiled_layers(model, backend=count):
             found = model(ids, use_cache=False).logits
-    assert len(graphs) == len(slots)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    return len(graphs), model, expected
+
+
+def test_layers_that_retain_differently_are_compiled_one_by_one() -> None:
+    """More kinds of layers than Dynamo lets a function have graphs by default."""
+    slots = tuple(range(1, 11))
+    config = SRFConfig(num_features=16, window=8, sinks=0, retained=4, layer_retained=slots)
+    graphs, _, _ = graphs_of(config, torch.randint(3, 90, (1, 20)))
+    assert graphs == len(slots)
     assert torch._dynamo.config.recompile_limit < len(slots)
 
 
 def test_layers_whose_heads_retain_differently_share_a_graph() -> None:
     """Where their slots begin is a tensor: the graph is for the largest number alone, and for the number of heads."""
-    torch.compiler.reset()
     slots = ((2, 5), (5, 1), (5, 3), (0, 5))
     config = SRFConfig(num_features=16, window=4, sinks=0, retained=4, layer_retained=slots)
-    model = retrofit(tiny_llama(num_hidden_layers=len(slots)), config)
-    for layer in srf_attentions(model):
-        layer.backend = "triton"
-    graphs: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
     ids = torch.randint(3, 90, (1, 30))
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        with compiled_layers(model, backend=count):
-            found = model(ids, use_cache=False).logits
-    assert len(graphs) == 1
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    graphs, model, expected = graphs_of(config, ids)
+    assert graphs == 1
     for layer in srf_attentions(model):
         layer.backend = "torch"
     with torch.no_grad():
