@@ -127,21 +127,22 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
     model = copy.deepcopy(base)
     retrofit(model, SRFConfig(**run["srf"], seed=seed))
     random_features = any(isinstance(x.attn_fn, SRFFeatures) for x in srf_attentions(model))
-    if random_features and run.get("geometry", "preconditioner") != "identity":
-        calibrate(model, blocks.first(8).batches(1), geometry=run.get("geometry", "preconditioner"), max_tokens=None)
-    if random_features and run.get("weigh") and run["srf"].get("num_features", 64):
-        report = calibrate_gain(model, blocks.first(4).batches(2))
-        out["weigh"] = {"before": report.before, "after": report.after}
+    # In the order of `calibrate_all`, with rows and settings of each fit's own.
     if run.get("foresight"):
         # Other rows than those trained on first: there is enough text.
         rows_seen = TokenBlocks(blocks.blocks[-run["foresight"]["rows"] :])
         out["foresight"] = str(
             calibrate_foresight(model, rows_seen.batches(2), factor=run["foresight"].get("factor", 1.0))
         )
+    if random_features and run.get("geometry", "preconditioner") != "identity":
+        calibrate(model, blocks.first(8).batches(1), geometry=run.get("geometry", "preconditioner"), max_tokens=None)
     if run.get("spread"):
         spread = run["spread"]
         few = blocks.first(spread["rows"]).batches(1)
         out["slots"] = str(calibrate_slots(model, few, by=spread["by"], shares=spread["shares"]))
+    if random_features and run.get("weigh") and run["srf"].get("num_features", 64):
+        report = calibrate_gain(model, blocks.first(4).batches(2))
+        out["weigh"] = {"before": report.before, "after": report.after}
     if run.get("settle"):
         settle_features(model)
     return model
@@ -156,8 +157,12 @@ def one_run(
     judge: Judge,
     seed: int,
     log: Any,
+    tuned: dict[tuple[int, ...], Any],
 ) -> None:
-    """Retrofit, train and judge one form of attention, as `RUNS.yaml` describes it; `out` gets what is found."""
+    """Retrofit, train and judge one form of attention, as `RUNS.yaml` describes it; `out` gets what is found.
+
+    `tuned` holds the softmax model that was tuned last, by what it was tuned on: the next run may begin with the same.
+    """
     torch.manual_seed(seed)
     torch.compiler.reset()
     length, tokens = run.get("length", 2048), run["tokens"]
@@ -179,10 +184,16 @@ def one_run(
     steps = tokens // (rows * length)
     if run.get("tuned"):
         first = run["tuned"] // (rows * length)
-        base = copy.deepcopy(base)
-        part = TokenBlocks(blocks.blocks[: first * rows])
-        distill(base, None, part, steps=first, objective="text", learning_rate=1e-4, compile=compiled, **common)
-        base.requires_grad_(False)
+        key = (first, rows, length, run.get("accumulate", 1), seed)
+        if key not in tuned:
+            tuned.clear()
+            tuned[key] = copy.deepcopy(base)
+            part = TokenBlocks(blocks.blocks[: first * rows])
+            distill(
+                tuned[key], None, part, steps=first, objective="text", learning_rate=1e-4, compile=compiled, **common
+            )
+            tuned[key].requires_grad_(False)
+        base = tuned[key]
         teacher = copy.deepcopy(base).to(torch.bfloat16)
         blocks, steps = TokenBlocks(blocks.blocks[first * rows :]), steps - first
         out["teacher"] = judge(base, recall=False, tasks=False)
@@ -327,6 +338,7 @@ def main() -> None:
         if args.output:
             write_json(Path(args.output), results)
 
+    tuned: dict[tuple[int, ...], Any] = {}
     results: dict[str, Any] = {
         "benchmark": "quality", "environment": environment(args.device), "lengths": LENGTHS, "runs": {},
     }  # fmt: skip
@@ -341,7 +353,7 @@ def main() -> None:
             found: dict[str, Any] = {"settings": run, "seed": seed}
             results["runs"].setdefault(run["name"], []).append(found)
             try:
-                one_run(run, found, base, teacher, stream, judge, seed, log)
+                one_run(run, found, base, teacher, stream, judge, seed, log, tuned)
             except (RuntimeError, ValueError, FloatingPointError) as error:
                 # Hours of other runs are worth more than this one; what went wrong is part of the result.
                 found["error"] = f"{type(error).__name__}: {error}"
