@@ -64,6 +64,8 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_decode_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both sides, one compiled layer for all layers and contexts of a batch, and a result at every moment."""
     monkeypatch.setattr(decode_compiled, "BACKEND", "aot_eager")
+    # Timed, two contexts may want two layouts, and each is a graph.
+    monkeypatch.setattr(decode_models, "fastest_exact", lambda *_: ("default", True))
     output, seen = tmp_path / "d.json", []
     monkeypatch.setattr(benchmark_decode, "finish_text", lambda result, *_: result)
     counters, reset = torch._dynamo.utils.counters, torch.compiler.reset
