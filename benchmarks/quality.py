@@ -264,6 +264,9 @@ def merge(output: str, parts: list[str]) -> None:
     whole: dict[str, Any] = {}
     for path in parts:
         part = json.loads(Path(path).read_text())
+        # Those that were cut off before anything was judged say nothing.
+        judged = {name: [run for run in runs if "zero_shot" in run] for name, runs in part["runs"].items()}
+        part["runs"] = {name: runs for name, runs in judged.items() if runs}
         for runs in part["runs"].values():
             for run in runs:
                 run |= {name: part["environment"][name] for name in ("device", "commit")}

@@ -210,21 +210,23 @@ def shown(tuned: bool) -> list[tuple[str, Runs]]:
     return [softmax, *found] if tuned and softmax else found
 
 
-# What README.md shows of the tuned ones: the recipe at three sizes, what it is compared with, and what a tail is worth.
+# What README.md shows of the tuned ones: all tokens for tuning, or most for distillation, at three sizes; what they are
+# compared with; and what a tail is worth.
 HEADLINE = (
     "softmax, tuned all the way",
+    "tuned on 9M, hybrid, 400 tokens of state, slots by head",
+    "tuned on 10M, hybrid, 280 tokens of state, slots by head, fitted only",
+    "tuned on 10M, hybrid, slots by head, fitted only",
     "tuned first, hybrid, 400 tokens of state, slots by head",
     "tuned first, hybrid, 280 tokens of state, slots by head",
     "tuned first, hybrid, slots by head",
+    "tuned first, hybrid, slots by head, 5e-5",
     "tuned first, window + retained, slots by head",
-    "tuned first, hybrid, 400 tokens of state, slots by layer",
-    "tuned first, hybrid, 280 tokens of state, slots by layer",
-    "tuned first, hybrid, slots by layer",
     "tuned first, window, 18M",
     "tuned first, window + Hedgehog (LoLCATs), 18M",
     "tuned first, window + FAVOR+, 18M",
     "tuned first, window + simplex, resampled (the seed's recipe), 18M",
-    "tuned first, window + ReLU (T2R)",
+    "tuned first, window + ReLU (T2R), 18M",
     "tuned first, pure, gated, 256 features",
     "tuned first, pure, gated, 64 features",
     "tuned first, pure, gated, 64 features, longer rows at the end",

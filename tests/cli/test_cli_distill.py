@@ -19,7 +19,7 @@ from srf_retrofit.pipeline.settings import DistillSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COMPARED = ("favor", "hedgehog", "retained", "seed", "t2r", "window")
-OURS = ("hybrid", "instruct", "llama-2-7b", "llama-3.2-1b", "pure", "pure_longer")
+OURS = ("hybrid", "instruct", "llama-2-7b", "llama-3.2-1b", "pure", "pure_longer", "tuned_first")
 RECIPES = (*OURS, *(f"compare/{name}" for name in COMPARED))
 
 RECIPE = """
