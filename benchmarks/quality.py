@@ -186,13 +186,12 @@ def one_run(
         first = run["tuned"] // (rows * length)
         key = (first, rows, length, run.get("accumulate", 1), seed)
         if key not in tuned:
-            tuned.clear()
-            tuned[key] = copy.deepcopy(base)
+            base = copy.deepcopy(base)
             part = TokenBlocks(blocks.blocks[: first * rows])
-            distill(
-                tuned[key], None, part, steps=first, objective="text", learning_rate=1e-4, compile=compiled, **common
-            )
-            tuned[key].requires_grad_(False)
+            distill(base, None, part, steps=first, objective="text", learning_rate=1e-4, compile=compiled, **common)
+            base.requires_grad_(False)
+            tuned.clear()
+            tuned[key] = base
         base = tuned[key]
         teacher = copy.deepcopy(base).to(torch.bfloat16)
         blocks, steps = TokenBlocks(blocks.blocks[first * rows :]), steps - first
