@@ -158,6 +158,7 @@ def _plan(
         check_dropout(layer.attention_dropout)
         if layer.head_dim < 2:
             raise ValueError(f"head_dim must be at least 2, got {layer.head_dim} in layer {index}")
+        config.check_head_dim(layer.head_dim)
     first = attentions[0]
     num_kv_heads = conf.num_attention_heads // first.num_key_value_groups
     dtype = first.v_proj.weight.dtype if first.v_proj.weight.is_floating_point() else model.dtype

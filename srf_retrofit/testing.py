@@ -55,6 +55,15 @@ def oracle_log_features(
     return quadratic + dot + (linear - 0.5 * (moved * moved).sum(-1))[..., None] + constant
 
 
+def oracle_eight_bits(x: torch.Tensor) -> torch.Tensor:
+    """What `modeling.eight_bits` keeps of float64 vectors (..., D); gradients pass straight through."""
+    groups = x.detach().unflatten(-1, (-1, 16))
+    _, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True))  # the largest is in 2^(e - 1) .. 2^e
+    step = 2.0 ** (exponent - 7).clamp(-24, 120)
+    kept = (groups / step + 0.5).floor().clamp(-127, 127) * step
+    return x + (kept.flatten(-2) - x.detach())
+
+
 def _like(per_head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return per_head.reshape(per_head.shape[0], *[1] * (x.dim() - 2), per_head.shape[-1])
 
@@ -99,6 +108,8 @@ def quadratic_attention(
     elif ablation == "no_retained":
         config = config.with_slots(0)
     q, k, v = (x.to("cpu", torch.float64) for x in (q, k, v))
+    if config.kv_dtype == "int8":
+        k, v = oracle_eight_bits(k), oracle_eight_bits(v)
     maps = feature_map.to("cpu", torch.float64)
     heads, d = q.shape[1], q.shape[3]
     g = k.shape[1]
@@ -219,7 +230,7 @@ def _final_state(kr, vr, b, slots, priority, level, config) -> SRFState:
     g, length, d = kr.shape
     w, s, h = config.window, config.sinks, config.retained
     last = list(itertools.accumulate(config.slots(g)))  # behind each head's slots
-    state = SRFState.empty(config, 1, g, d, dtype=torch.float64)
+    state = SRFState.empty(config, 1, g, d, dtype=torch.float64, unpacked=True)
     state = SRFState(*(t[0].clone() for t in state))
     state = state._replace(length=torch.tensor(length))
     block = length // w if w else 0
@@ -265,6 +276,8 @@ def stepwise_attention(
 ) -> torch.Tensor:
     """`srf_attention` one token after the other, in float64, from lists of keys: (B, H, L, D), causal, unpadded."""
     q, k, v = (x.to("cpu", torch.float64) for x in (q, k, v))
+    if config.kv_dtype == "int8":
+        k, v = oracle_eight_bits(k), oracle_eight_bits(v)
     maps = feature_map.to("cpu", torch.float64)
     bsz, heads, length, d = q.shape
     g = k.shape[1]

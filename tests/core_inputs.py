@@ -24,7 +24,8 @@ def config_of(mode: tuple[int, int, int | tuple[int, ...]], **changes) -> SRFCon
 
 
 def assert_states_close(actual: SRFState, expected: SRFState, tolerance: float) -> None:
-    """As `assert_close`, field by field; minus infinity marks the same empty slots in both."""
+    """As `assert_close`, field by field; minus infinity marks the same empty slots in both, however they store keys."""
+    actual, expected = (x.unpacked(torch.float64) for x in (actual, expected))
     for name, mine, theirs in zip(SRFState._fields, actual, expected, strict=True):
         mine, theirs = mine.double(), theirs.double()
         empty = theirs == float("-inf")

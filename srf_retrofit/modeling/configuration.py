@@ -6,10 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from .eight_bits import GROUP
+
 PROJECTIONS = ("simplex", "orthogonal", "iid")
 FEATURE_MAPS = ("random", "trained", "hedgehog", "relu")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
-CONFIG_VERSION = 4
+KV_DTYPES = ("model", "int8")
+CONFIG_VERSION = 5
 # Levels of `chunked.priority_level` in a factor of two.
 LEVELS = 4096
 
@@ -48,6 +51,10 @@ class SRFConfig:
         LoLCATs (2402.04347, 2410.10254) or of T2R (2103.13076).
     state_dtype : {"float32", "float16", "bfloat16"}
         Storage type of the running feature values between folds; sums and maxima stay in float32.
+    kv_dtype : {"model", "int8"}
+        How exact keys and values are stored: as the model computes them, or rounded to eight bits in groups of 16 with
+        a common exponent (`eight_bits`), in training as in decoding, for little more than half the bytes. Needs
+        `window >= 1` and a head dimension that is a multiple of 16.
     forget_gate : bool
         Whether every token says how much of what came before it counts from then on, see `forget_gate.ForgetGate`;
         for the pure form without sinks. The gate is trained, it adds `G (hidden_size + 1)` numbers a layer.
@@ -78,6 +85,7 @@ class SRFConfig:
     projection: str = "simplex"
     feature_map: str = "random"
     state_dtype: str = "float32"
+    kv_dtype: str = "model"
     forget_gate: bool = False
     seed: int = 0
     layers: tuple[int, ...] | None = None
@@ -106,10 +114,20 @@ class SRFConfig:
             )
         if not self.num_features and not self.window:
             raise ValueError("num_features=0 with window=0 leaves nothing to attend to: set one of them")
-        named = (("projection", PROJECTIONS), ("feature_map", FEATURE_MAPS), ("state_dtype", STATE_DTYPES))
-        for name, choices in named:
+        named = {
+            "projection": PROJECTIONS,
+            "feature_map": FEATURE_MAPS,
+            "state_dtype": STATE_DTYPES,
+            "kv_dtype": KV_DTYPES,
+        }
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.packs_keys and not self.window:
+            raise ValueError(
+                "kv_dtype='int8' stores the exact keys of a window in eight bits, and window=0 keeps none: set window, or "
+                "kv_dtype='model'"
+            )
         if not isinstance(self.forget_gate, bool):
             raise ValueError(f"forget_gate must be True or False, got {self.forget_gate!r}")
         if self.forget_gate and (self.window or self.sinks):
@@ -168,6 +186,18 @@ class SRFConfig:
         for i in range(num_layers):
             self.for_layer(i).slots(num_kv_heads)
 
+    def check_head_dim(self, head_dim: int) -> None:
+        """Refuse heads whose vectors cannot be stored as this configuration says.
+
+        Raises
+        ------
+        ValueError
+        """
+        if self.packs_keys and head_dim % GROUP:
+            raise ValueError(
+                f"kv_dtype='int8' takes numbers in groups of {GROUP}, but heads have {head_dim}: set kv_dtype='model'"
+            )
+
     def for_layer(self, layer_idx: int) -> SRFConfig:
         """The configuration of one layer, whose `retained` is its own."""
         if self.layer_retained is None:
@@ -210,6 +240,11 @@ class SRFConfig:
         return f"{least} to {most} (mean {sum(sum(h) / len(h) for h in layers) / len(layers):.0f})"
 
     @property
+    def packs_keys(self) -> bool:
+        """Whether exact keys and values are stored in eight bits."""
+        return self.kv_dtype == "int8"
+
+    @property
     def is_pure(self) -> bool:
         """Whether no exact block is kept, so that the state is O(M D) alone."""
         return self.window == 0
@@ -240,7 +275,7 @@ class SRFConfig:
             cls(version=version)
         if version == 1:
             data = {"retention_half_life": 0, **data}  # no key's priority ever faded
-        if version in (1, 2, 3):
+        if version in (1, 2, 3, 4):
             data["version"] = CONFIG_VERSION
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)

@@ -60,6 +60,7 @@ class SRFConfigMixin:
         self.srf = srf.to_dict()
         super().__post_init__(**kwargs)  # type: ignore[misc]
         srf.check_shape(self.num_hidden_layers, self.num_key_value_heads)
+        srf.check_head_dim(getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads)
 
     @property
     def srf_config(self: Any) -> SRFConfig:

@@ -202,7 +202,7 @@ def _final_state(
     total, mass, top = out[1:4]
     rows, g = mass.shape[:2]
     if state is None:
-        state = SRFState.empty(config, rows, g, k.shape[3], dtype=k.dtype, device=k.device)
+        state = SRFState.empty(config, rows, g, k.shape[3], dtype=k.dtype, device=k.device, unpacked=True)
         seen = None
     else:
         seen = state.length

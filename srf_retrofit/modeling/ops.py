@@ -17,6 +17,7 @@ from .bidirectional import attend_bidirectional
 from .checks import check_documents, check_forget, check_mask, check_state, check_tensors
 from .chunked import attend_segment
 from .configuration import SRFConfig
+from .eight_bits import round_to_eight_bits
 from .feature_map import FeatureMap, FoldedMap, LinearFeatures, fold_feature_map, round_weights
 from .forget_gate import forgotten
 from .fused_attention import attend_fused, why_not_fused
@@ -110,6 +111,7 @@ def srf_attention(
         with full_precision(q.device):
             maps = fold(feature_map)
     check_tensors(q, k, v, maps, chunk_size)
+    config.check_head_dim(q.shape[-1])
     # The numbers themselves are not looked at where maps bring them, so that a graph need not be compiled for each.
     if maps.slot_bounds is None and config.head_retained is not None:
         maps = maps._replace(slot_bounds=slot_bounds(config.slots(k.shape[1]), q.device))
@@ -135,6 +137,7 @@ def srf_attention(
 
     use_tail = ablation != "no_tail" and config.num_features > 0
     with full_precision(q.device):
+        rounds = config.packs_keys
         given = [x for x in (q, k, v, log_forget) if x is not None]
         no_graph = not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
         if length == 1 and causal and documents is None and initial_state is not None and no_graph:
@@ -151,11 +154,16 @@ def srf_attention(
                 return o, initial_state if output_final_state else None
             if fading is not None:
                 initial_state = initial_state._replace(k_max=initial_state.k_max + fading)
+            if rounds:
+                k, v = round_to_eight_bits(k), round_to_eight_bits(v)
             o, new_state = attend_token(q, k, v, active, initial_state, maps, config, scaling, use_tail=use_tail)
             if active is not None:
                 o = o.masked_fill(~active.view(-1, 1, 1, 1), 0.0)
             return o.to(q.dtype), new_state if output_final_state else None
 
+        if rounds:
+            k, v = round_to_eight_bits(k), round_to_eight_bits(v)
+            initial_state = None if initial_state is None else initial_state.unpacked(k.dtype)
         if not causal:
             return _attend_all(q, k, v, attention_mask, documents, maps, config, scaling, use_tail), None
         past = ends = None
@@ -173,7 +181,9 @@ def srf_attention(
         else:
             layout = plan_layout(b, length, q.device, config, attention_mask, documents, initial_state, chunk_size)
             if initial_state is None:
-                initial_state = SRFState.empty(config, rows, k.shape[1], d, dtype=k.dtype, device=k.device)
+                initial_state = SRFState.empty(
+                    config, rows, k.shape[1], d, dtype=k.dtype, device=k.device, unpacked=True
+                )
             o, state = attend_by_groups(
                 partial(_walk_segments, layout=layout, scaling=scaling, use_tail=use_tail),
                 q, k, v, past, initial_state, maps, config,
@@ -183,6 +193,8 @@ def srf_attention(
     if ends is not None:
         # What keys weigh is counted from the last token on.
         state = state._replace(k_max=state.k_max + ends.detach().unsqueeze(-1))
+    if rounds:
+        state = state.packed()
     stored = SRFState.layout(config, rows, k.shape[1], d, k.dtype)["kv_mean"][1]
     return o, state._replace(kv_mean=state.kv_mean.to(stored))
 
@@ -360,5 +372,5 @@ def _ablated(config: SRFConfig, ablation: str | None, has_state: bool) -> SRFCon
         if has_state:
             raise ValueError(f"ablation={ablation!r} changes the shape of the state: run it without one (no cache)")
         config = config.with_slots(0)
-        return config if ablation == "no_retained" else config.replace(window=0, sinks=0)
+        return config if ablation == "no_retained" else config.replace(window=0, sinks=0, kv_dtype="model")
     return config

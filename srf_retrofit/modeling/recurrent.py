@@ -10,6 +10,7 @@ import torch
 
 from .chunked import take_keys
 from .configuration import SRFConfig
+from .eight_bits import as_numbers, pack
 from .feature_map import FoldedMap, beside_exact_keys, log_features
 from .feature_sums import LOG_ZERO, accumulate_features
 from .retention import forecast, priority_level, rank_and_evict, round_priority
@@ -33,6 +34,7 @@ def attend_token(
     Parameters
     ----------
     q : (B, H, 1, D); k, v : (B, G, 1, D)
+        Keys and values rounded already where the state holds eight bits.
     active : (B,) bool, optional
         Rows whose token is real; the others' output is meaningless and their state unchanged. `None`: all.
     state, maps, config, scaling, use_tail
@@ -60,10 +62,10 @@ def attend_token(
         here = (torch.arange(s, device=q.device) == position.unsqueeze(-1)) & is_sink.unsqueeze(-1)
         state = _write(state, "sink_key", here, k)
         state = _write(state, "sink_value", here, v)
-        sinks = torch.matmul(qh, state.sink_key.to(dtype).mT) * scaling
+        sinks = torch.matmul(qh, as_numbers(state.sink_key, dtype).mT) * scaling
         visible = torch.arange(s, device=q.device) <= position.unsqueeze(-1)
         logits.append(sinks.masked_fill(~visible[:, None, None], float("-inf")))
-        values.append(state.sink_value.to(dtype))
+        values.append(as_numbers(state.sink_value, dtype))
     if w:
         phase = position % w
         slot = torch.arange(2 * w, device=q.device)
@@ -72,9 +74,9 @@ def attend_token(
         state = _write(state, "window_value", here, v)
         in_window = (position - phase - w).unsqueeze(-1) + slot  # position of each slot
         visible = (in_window >= s) & (in_window <= position.unsqueeze(-1))
-        window = torch.matmul(qh, state.window_key.to(dtype).mT) * scaling
+        window = torch.matmul(qh, as_numbers(state.window_key, dtype).mT) * scaling
         logits.append(window.masked_fill(~visible[:, None, None], float("-inf")))
-        values.append(state.window_value.to(dtype))
+        values.append(as_numbers(state.window_value, dtype))
     if h:
         with torch.no_grad():
             exact = torch.cat(logits, -1)
@@ -85,7 +87,7 @@ def attend_token(
             received = received.masked_fill(~counts.unsqueeze(1), float("-inf"))
             state = state._replace(window_priority=torch.maximum(state.window_priority, received))
         if config.head_retained is None:
-            key, value = (x.unflatten(1, (g, h)).to(dtype) for x in (state.retained_key, state.retained_value))
+            key, value = (as_numbers(x, dtype).unflatten(1, (g, h)) for x in (state.retained_key, state.retained_value))
             empty = (state.retained_priority == float("-inf")).view(b, g, 1, h)
             logits.append((torch.matmul(qh, key.mT) * scaling).masked_fill(empty, float("-inf")))
             values.append(value)
@@ -132,21 +134,23 @@ def _slot_logits(q: torch.Tensor, state: SRFState, slots: tuple[int, ...], scali
     logits = q.new_full((*q.shape[:3], max(slots)), float("-inf"))
     parts = zip(state.retained_key.split(slots, 1), hidden.split(slots, 1), slots, strict=True)
     for head, (key, bias, n) in enumerate(parts):
-        logits[:, head, :, :n] = torch.baddbmm(bias.unsqueeze(1), scaled[:, head], key.to(q.dtype).mT)
+        logits[:, head, :, :n] = torch.baddbmm(bias.unsqueeze(1), scaled[:, head], as_numbers(key, q.dtype).mT)
     return logits
 
 
 def _slot_values(weight: torch.Tensor, state: SRFState, slots: tuple[int, ...]) -> torch.Tensor:
     """Retained values in weights (B, G, R, h), as `_slot_logits` has them: (B, G, R, D)."""
-    out = weight.new_empty(*weight.shape[:3], state.retained_value.shape[-1])
+    out = weight.new_empty(*weight.shape[:3], state.kv_mean.shape[-1])
     for head, (value, n) in enumerate(zip(state.retained_value.split(slots, 1), slots, strict=True)):
-        out[:, head] = torch.matmul(weight[:, head, :, :n], value.to(weight.dtype))
+        out[:, head] = torch.matmul(weight[:, head, :, :n], as_numbers(value, weight.dtype))
     return out
 
 
 def _write(state: SRFState, name: str, here: torch.Tensor, x: torch.Tensor) -> SRFState:
     """`x` (B, G, 1, D) into the slots `here` (B, E) of the state's tensor `name` (B, G, E, D)."""
-    return state._replace(**{name: torch.where(here[:, None, :, None], x, getattr(state, name))})
+    before = getattr(state, name)
+    x = pack(x) if before.dtype == torch.int8 else x
+    return state._replace(**{name: torch.where(here[:, None, :, None], x, before)})
 
 
 def _fold(
@@ -158,12 +162,12 @@ def _fold(
     config: SRFConfig,
     scaling: float,
 ) -> SRFState:
-    """Add the keys `k`, `v` (B, G, E, D) marked in `which` (B, G, E) to the feature sums."""
+    """Add the keys `k`, `v` (B, G, E, D), packed or not, marked in `which` (B, G, E) to the feature sums."""
     dtype = state.k_sum.dtype
-    log_key = log_features(k.to(dtype), maps.key, scaling).masked_fill(~which.unsqueeze(-1), float("-inf"))
+    log_key = log_features(as_numbers(k, dtype), maps.key, scaling).masked_fill(~which.unsqueeze(-1), float("-inf"))
     mass = state.k_sum
     initial = (state.kv_mean.to(dtype) * mass.unsqueeze(-1), mass, state.k_max)
-    sums = accumulate_features(log_key.unsqueeze(2), v.to(dtype).unsqueeze(2), initial)
+    sums = accumulate_features(log_key.unsqueeze(2), as_numbers(v, dtype).unsqueeze(2), initial)
     mass, reference = sums.mass[:, :, 1], sums.reference[:, :, 1]
     return state._replace(
         kv_mean=(sums.values[:, :, 1] / mass.clamp_min(0.5).unsqueeze(-1)).to(state.kv_mean.dtype),
@@ -211,7 +215,10 @@ def _finish_block(state: SRFState, full: torch.Tensor, maps: FoldedMap, config: 
     leaves = ((position >= config.sinks) & full.unsqueeze(-1))[:, None].expand(b, g, w)
     if h:
         candidates = state.window_priority[:, :, :w].masked_fill(~leaves, float("-inf"))
-        foreseen = None if maps.foresight is None else forecast(maps.foresight, old_k, old_v)
+        foreseen = None
+        if maps.foresight is not None:
+            wide = maps.foresight.dtype
+            foreseen = forecast(maps.foresight, as_numbers(old_k, wide), as_numbers(old_v, wide))
         candidates = priority_level(candidates, (first // w).view(-1, 1, 1), config, maps.foresight, foreseen)
         # Heads with as many slots as one another compete side by side, others in turn.
         slots = config.slots(g)

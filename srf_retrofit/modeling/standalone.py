@@ -54,6 +54,8 @@ class Attention(nn.Module):
     state_dtype : {"float32", "float16", "bfloat16"}
         Storage type of the running feature values in inference; all arithmetic is in float32 (float64 for float64
         inputs).
+    kv_dtype : {"model", "int8"}
+        Storage type of exact keys and values, see `SRFConfig`.
     seed : int, optional
         Seed of the projections, `0 <= seed < 2**63`. By default it is taken from PyTorch's global generator, so that
         the instances of several layers differ and `torch.manual_seed` fixes them all.
@@ -96,6 +98,7 @@ class Attention(nn.Module):
         retained: int = 0,
         projection: str = "simplex",
         state_dtype: str = "float32",
+        kv_dtype: str = "model",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -127,8 +130,10 @@ class Attention(nn.Module):
             retained=retained,
             projection=projection,
             state_dtype=state_dtype,
+            kv_dtype=kv_dtype,
             seed=seed,
         )
+        self.config.check_head_dim(d)
         # Seed, steps taken by `redraw_`, and the step that the projection was drawn at: equal but for redraw_on_call.
         self.register_buffer("draw_address", torch.tensor([seed, 0, 0], dtype=torch.int64, device="cpu"))
         self.register_buffer("projection_matrix", self._draw(num_heads, 0).to(device or "cpu"))

@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 
 from .configuration import SRFConfig
+from .eight_bits import as_numbers, pack, row_width
 
 _PARTS = ("key", "value")
+# Tensors of exact keys and values.
+EXACT = tuple(f"{place}_{part}" for place in ("window", "sink", "retained") for part in _PARTS)
 
 
 class SRFState(NamedTuple):
@@ -23,12 +26,15 @@ class SRFState(NamedTuple):
     `window_*[..., :w, :]` is the previous block, `window_*[..., w:, :]` the current, unfinished one; `length` counts
     the tokens seen, so `length % w` slots of the current block are in use. The state is always ready for its next
     token: a block that has left the window is folded as soon as the last token of the block after it is in.
+
+    With `kv_dtype="int8"` exact keys and values are rows of `eight_bits`, `D` is then `row_width(D)`. The chunked form
+    unpacks them, decoding reads them as they are.
     """
 
     kv_mean: torch.Tensor  # (B, G, M, D) state dtype
     k_sum: torch.Tensor  # (B, G, M) float32
     k_max: torch.Tensor  # (B, G, M) float32
-    window_key: torch.Tensor  # (B, G, 2w, D) model dtype
+    window_key: torch.Tensor  # (B, G, 2w, D) model dtype, or int8
     window_value: torch.Tensor  # (B, G, 2w, D)
     window_priority: torch.Tensor  # (B, G, 2w) float32; empty when nothing is retained
     sink_key: torch.Tensor  # (B, G, s, D)
@@ -48,9 +54,10 @@ class SRFState(NamedTuple):
         *,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        unpacked: bool = False,
     ) -> SRFState:
-        """State before the first token, for keys and values of `dtype`."""
-        layout = cls.layout(config, batch_size, num_kv_heads, head_dim, dtype)
+        """State before the first token, for keys and values of `dtype`; `unpacked`: as the chunked form has it."""
+        layout = cls.layout(config, batch_size, num_kv_heads, head_dim, dtype, unpacked=unpacked)
         empty = dict.fromkeys(("k_max", "window_priority", "retained_priority"), -torch.inf)
         return cls(
             **{
@@ -61,16 +68,24 @@ class SRFState(NamedTuple):
 
     @staticmethod
     def layout(
-        config: SRFConfig, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+        config: SRFConfig,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        *,
+        unpacked: bool = False,
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor, for keys and values of `dtype`."""
+        """Shape and dtype of every tensor, for keys and values of `dtype`; `unpacked`: see `unpacked`."""
         heads, m = (batch_size, num_kv_heads), config.num_features
         w, s, h = config.window, config.sinks, sum(config.slots(num_kv_heads))
         # float64 inputs (the oracles') keep float64 sums; everything else accumulates in float32.
         accumulator = torch.promote_types(dtype, torch.float32)
         half = getattr(torch, config.state_dtype)
         exact = {"window": (*heads, 2 * w), "sink": (*heads, s), "retained": (batch_size, h)}
-        tensors = {f"{name}_{part}": ((*shape, head_dim), dtype) for name, shape in exact.items() for part in _PARTS}
+        packs = config.packs_keys and not unpacked
+        width, kind = (row_width(head_dim), torch.int8) if packs else (head_dim, dtype)
+        tensors = {f"{name}_{part}": ((*shape, width), kind) for name, shape in exact.items() for part in _PARTS}
         return {
             "kv_mean": ((*heads, m, head_dim), accumulator if half == torch.float32 else half),
             "k_sum": ((*heads, m), accumulator),
@@ -80,6 +95,14 @@ class SRFState(NamedTuple):
             "retained_priority": ((batch_size, h), accumulator),
             "length": ((batch_size,), torch.int64),
         }
+
+    def unpacked(self, dtype: torch.dtype) -> SRFState:
+        """With exact keys and values in `dtype`, however they are stored."""
+        return self._replace(**{name: as_numbers(getattr(self, name), dtype) for name in EXACT})
+
+    def packed(self) -> SRFState:
+        """With exact keys and values in eight bits, without loss if they have been rounded to them."""
+        return self._replace(**{name: pack(getattr(self, name)) for name in EXACT})
 
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
