@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from ..data import TokenBlocks
 from ..modeling.attention import SRFAttention, srf_attentions
 from ..modeling.configuration import SRFConfig
-from ..modeling.ops import srf_attention
 from ..modeling.eight_bits import as_numbers
+from ..modeling.ops import srf_attention
 from ..modeling.state import SRFState, slots_by_head
 from .scoring import evaluating
 
@@ -154,7 +154,9 @@ def _exact_mass(
     parts = [logits.masked_fill(~near, float("-inf"))]
     if config.retained:
         slots = config.slots(g)
-        kept = (grouped @ slots_by_head(as_numbers(state.retained_key, q.dtype), slots).mT).view(b, g, heads // g, count, -1)
+        kept = (grouped @ slots_by_head(as_numbers(state.retained_key, q.dtype), slots).mT).view(
+            b, g, heads // g, count, -1
+        )
         used = slots_by_head(state.retained_priority, slots, float("-inf")) > float("-inf")
         parts.append(kept.masked_fill(~used[:, :, None, None], float("-inf")))
     whole = logits.logsumexp(-1)

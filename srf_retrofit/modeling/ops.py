@@ -154,8 +154,6 @@ def srf_attention(
                 return o, initial_state if output_final_state else None
             if fading is not None:
                 initial_state = initial_state._replace(k_max=initial_state.k_max + fading)
-            if rounds:
-                k, v = round_to_eight_bits(k), round_to_eight_bits(v)
             o, new_state = attend_token(q, k, v, active, initial_state, maps, config, scaling, use_tail=use_tail)
             if active is not None:
                 o = o.masked_fill(~active.view(-1, 1, 1, 1), 0.0)

@@ -34,7 +34,6 @@ def attend_token(
     Parameters
     ----------
     q : (B, H, 1, D); k, v : (B, G, 1, D)
-        Keys and values rounded already where the state holds eight bits.
     active : (B,) bool, optional
         Rows whose token is real; the others' output is meaningless and their state unchanged. `None`: all.
     state, maps, config, scaling, use_tail

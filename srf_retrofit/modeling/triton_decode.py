@@ -12,6 +12,8 @@ of the state's values, `p` tokens of the current block before this one, `R` quer
   `e D (R + 2)` of q, k, v;
 - write: `2 e D` the new key and value, `4 (w + p)` priorities, `e D R` outputs.
 
+Where keys and values are stored in eight bits, `e D` is `row_width(D)` but for q, k, v and outputs.
+
 With `D = M = 64`, `w = 32`, `s = 4`, `h = 64` in bfloat16, and values in float32: 48 KB at `p = 16`, where the keys and
 values of softmax attention take 256 bytes a token. The feature map is shared by all rows and stays in the caches; with
 many rows even that costs time, as every program fetches and splits it (32 KB at these sizes) for a few queries. In the
@@ -173,7 +175,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
         "G": g, "R": heads // g, "RP": _power(heads // g), "D": d, "DP": dp, "M": m,
         "W": w, "WP": _power(2 * w), "EP": _power(w), "S": s, "SP": _power(s),
         "H": h, "HT": min(_power(h), 64) if half else 16, "UNEVEN": maps[9] is not None,
-        "POOL": _power(h + w), "DELAY": delay, "FADE": fade,
+        "WIDE": state.window_key.shape[-1], "WIDEP": _power(state.window_key.shape[-1]), "POOL": _power(h + w), "DELAY": delay, "FADE": fade,
         "MT": min(_power(m), tile), "NT": min(dp, tile), "FT": min(_power(m), tile, 32),
         "TAIL": use_tail, "PROJECTED": projected, "MASKED": active is not None,
         "QUERY_MATRIX": maps[2] is not None, "QUERY_SHIFT": maps[3] is not None,
@@ -308,14 +310,15 @@ def decode_bytes(
     element = dtype.itemsize
     phase = w // 2 if phase is None else phase
     row = head_dim * element
+    stored = layout["window_key"][0][-1] * layout["window_key"][1].itemsize
     features = m * head_dim * layout["kv_mean"][1].itemsize + 2 * m * 4
-    read = 2 * row * (s + (w + phase if w else 0)) + features + 2 * row
-    written = 2 * row if w else features
+    read = 2 * stored * (s + (w + phase if w else 0)) + features + 2 * row
+    written = 2 * stored if w else features
     if slots:
         # Priorities of the keys for which this query counts.
         ranked = max(0, w + phase - min(config.retention_delay, w // 2))
         read += 4 * ranked
         written += 4 * ranked
-    per_row = kv_heads * (read + written) + slots * (2 * row + 4) + 2 * heads * row
+    per_row = kv_heads * (read + written) + slots * (2 * stored + 4) + 2 * heads * row
     per_row += 2 * layout["length"][1].itemsize
     return batch * per_row

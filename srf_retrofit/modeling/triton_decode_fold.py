@@ -14,6 +14,7 @@ except ImportError:  # passed on: `triton_decode` reports it, and a loader that 
     raise
 
 from .triton_common import forecast_octaves, foreseen_level, priority_level, sort_keys
+from .triton_eight_bits import load_numbers
 
 LOG_ZERO = tl.constexpr(-1e30)
 # Places of a pool that are all compared with one another.
@@ -124,8 +125,18 @@ def fold_keys(
 
 
 @triton.jit
+def pool_numbers(
+    retained, window, place, here, h, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, OPERAND: tl.constexpr
+):
+    """Vectors `place` of `[h retained | window]`, as `load_numbers`."""
+    old = load_numbers(retained, place, here & (place < h), D, DP, WIDE, OPERAND)
+    new = load_numbers(window, place - h, here & (place >= h), D, DP, WIDE, OPERAND)
+    return tl.where((place < h)[:, None], old, new)
+
+
+@triton.jit
 def load_pool(retained, window, place, here, h, D: tl.constexpr, DP: tl.constexpr):
-    """Rows `place` of `[h retained | window]`, as `load_rows`."""
+    """Rows `place` of `[h retained | window]`, as they are stored."""
     old = load_rows(retained, place, here & (place < h), D, DP)
     new = load_rows(window, place - h, here & (place >= h), D, DP)
     return tl.where((place < h)[:, None], old, new)
@@ -154,7 +165,8 @@ def finish_block(
     position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
     retained_key, retained_value, retained_priority, weight, bias, norm_weight, norm_bias, foresight, root, h,
     W: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    EP: tl.constexpr, POOL: tl.constexpr, MOVE: tl.constexpr, MT: tl.constexpr, NT: tl.constexpr,
+    WIDE: tl.constexpr, WIDEP: tl.constexpr, EP: tl.constexpr, POOL: tl.constexpr, MOVE: tl.constexpr,
+    MT: tl.constexpr, NT: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OPERAND: tl.constexpr, ROUNDED: tl.constexpr,
     FADE: tl.constexpr, FORESIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -173,8 +185,8 @@ def finish_block(
     if H > 0:
         if FORESIGHT:
             # Computed key by key, then read again as a part of the pool.
-            key = load_rows(window_key, e, e < W, D, DP).to(tl.float32)
-            value = load_rows(window_value, e, e < W, D, DP).to(tl.float32)
+            key = load_numbers(window_key, e, e < W, D, DP, WIDE, OPERAND).to(tl.float32)
+            value = load_numbers(window_value, e, e < W, D, DP, WIDE, OPERAND).to(tl.float32)
             octaves = forecast_octaves(foresight + 1, key, value, tl.arange(0, DP), D)
             level = tl.load(window_priority + e, mask=e < W, other=float("-inf"))
             level = foreseen_level(level, first // W, tl.load(foresight), octaves, FADE)
@@ -217,31 +229,31 @@ def finish_block(
         # The bounds only matter for priorities that are not numbers, which must not lead out of the buffers.
         source = tl.minimum(tl.maximum(source, -1.0), h + (W - 1.0)).to(tl.int32)
         leaves = source >= 0
-        key = load_pool(retained_key, window_key, source, leaves, h, D, DP)
-        value = load_pool(retained_value, window_value, source, leaves, h, D, DP)
+        key = pool_numbers(retained_key, window_key, source, leaves, h, D, DP, WIDE, OPERAND)
+        value = pool_numbers(retained_value, window_value, source, leaves, h, D, DP, WIDE, OPERAND)
     else:
         leaves = (e < W) & (first + e >= S)
-        key = load_rows(window_key, e, leaves, D, DP)
-        value = load_rows(window_value, e, leaves, D, DP)
+        key = load_numbers(window_key, e, leaves, D, DP, WIDE, OPERAND)
+        value = load_numbers(window_value, e, leaves, D, DP, WIDE, OPERAND)
     fold_keys(
         key, value, leaves, kv_mean, k_sum, k_max, weight, bias, norm_weight, norm_bias, root,
         M, MT, D, DP, NT, EP, HAS_NORM_WEIGHT, HAS_NORM_BIAS, OPERAND, ROUNDED,
     )  # fmt: skip
 
     if H > 0:
-        move_kept(retained_key, retained_value, retained_priority, window_key, window_value, h, W, D, DP, MOVE)
+        move_kept(retained_key, retained_value, retained_priority, window_key, window_value, h, W, WIDE, WIDEP, MOVE)
         tl.debug_barrier()
         tl.store(retained_priority + count - 1, priority, mask=stays & (count <= h))
 
-    key = load_rows(window_key, W + e, e < W, D, DP)
-    value = load_rows(window_value, W + e, e < W, D, DP)
+    key = load_rows(window_key, W + e, e < W, WIDE, WIDEP)
+    value = load_rows(window_value, W + e, e < W, WIDE, WIDEP)
     if H > 0:
         received = tl.load(window_priority + W + e, mask=e < W, other=float("-inf"))
     tl.debug_barrier()
-    store_rows(window_key, e, e < W, key, D, DP)
-    store_rows(window_value, e, e < W, value, D, DP)
-    store_rows(window_key, W + e, e < W, tl.zeros((EP, DP), tl.float32), D, DP)
-    store_rows(window_value, W + e, e < W, tl.zeros((EP, DP), tl.float32), D, DP)
+    store_rows(window_key, e, e < W, key, WIDE, WIDEP)
+    store_rows(window_value, e, e < W, value, WIDE, WIDEP)
+    store_rows(window_key, W + e, e < W, tl.zeros((EP, WIDEP), tl.float32), WIDE, WIDEP)
+    store_rows(window_value, W + e, e < W, tl.zeros((EP, WIDEP), tl.float32), WIDE, WIDEP)
     if H > 0:
         tl.store(window_priority + e, received, mask=e < W)
         tl.store(window_priority + W + e, tl.full((EP,), float("-inf"), tl.float32), mask=e < W)

@@ -19,6 +19,7 @@ except ImportError:  # see triton_decode_fold
     raise
 
 from .triton_decode_fold import LOG_ZERO, dot_weight, finish_block, half_square, load_rows, store_rows
+from .triton_eight_bits import fetch_rows, numbers, round_vector, store_vector
 
 # Below every logit, LOG_ZERO included, and finite: differences of two are numbers.
 LOWEST = tl.constexpr(-3e38)
@@ -182,6 +183,7 @@ def decode_kernel(
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, EP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     H: tl.constexpr, HT: tl.constexpr, POOL: tl.constexpr, DELAY: tl.constexpr,
+    WIDE: tl.constexpr, WIDEP: tl.constexpr,
     MT: tl.constexpr, NT: tl.constexpr, FT: tl.constexpr,
     TAIL: tl.constexpr, PROJECTED: tl.constexpr, MASKED: tl.constexpr,
     QUERY_MATRIX: tl.constexpr, QUERY_SHIFT: tl.constexpr, KEY_MATRIX: tl.constexpr, KEY_SHIFT: tl.constexpr,
@@ -201,11 +203,11 @@ def decode_kernel(
     kv_mean += at * (M * D)
     k_sum += at * M
     k_max += at * M
-    window_key += at * (2 * W * D)
-    window_value += at * (2 * W * D)
+    window_key += at * (2 * W * WIDE)
+    window_value += at * (2 * W * WIDE)
     window_priority += at * (2 * W)
-    sink_key += at * (S * D)
-    sink_value += at * (S * D)
+    sink_key += at * (S * WIDE)
+    sink_value += at * (S * WIDE)
     # Of `all_slots` of a row, this head's `h`; `H` are the most of any.
     if UNEVEN:
         first = tl.load(slot_bounds + g)
@@ -213,8 +215,8 @@ def decode_kernel(
     else:
         first = g * H
         h = H
-    retained_key += (b * all_slots + first) * D
-    retained_value += (b * all_slots + first) * D
+    retained_key += (b * all_slots + first) * WIDE
+    retained_value += (b * all_slots + first) * WIDE
     retained_priority += b * all_slots + first
     query_weight += g * (M * D)
     query_bias += g * M
@@ -243,33 +245,31 @@ def decode_kernel(
     x = tl.load(q + b * sqb + (g * R + r)[:, None] * sqh + d[None, :], mask=heads, other=0.0).to(OPERAND)
     new_key = tl.load(k + b * skb + g * skg + d, mask=d < D, other=0.0)
     new_value = tl.load(v + b * svb + g * svg + d, mask=d < D, other=0.0)
+    new_key, key_row, key_exponent = round_vector(new_key, D, DP, WIDE)
+    new_value, value_row, value_exponent = round_vector(new_value, D, DP, WIDE)
 
     # The loads of the exact keys first: they are under way while the queries' norms are computed.
     if S > 0:
         t = tl.arange(0, SP)
         new_sink = (t == position) & (t < S)
         sink_seen = (t <= position) & (t < S)
-        sk = load_stream(sink_key, t, sink_seen & (t != position), D, DP)
-        sv = load_stream(sink_value, t, sink_seen & (t != position), D, DP)
-        sk = tl.where(new_sink[:, None], new_key[None, :], sk)
-        sv = tl.where(new_sink[:, None], new_value[None, :], sv)
+        sk, sk_exponent = fetch_rows(sink_key, t, sink_seen & (t != position), D, DP, WIDE)
+        sv, sv_exponent = fetch_rows(sink_value, t, sink_seen & (t != position), D, DP, WIDE)
     if W > 0:
         phase = position % W
         slot = tl.arange(0, WP)
         in_window = position - phase - W + slot  # position of each slot; padding lies behind the token
         new_slot = slot == W + phase
         seen = (in_window >= S) & (in_window <= position)
-        wk = load_stream(window_key, slot, seen & (in_window < position), D, DP)
-        wv = load_stream(window_value, slot, seen & (in_window < position), D, DP)
-        wk = tl.where(new_slot[:, None], new_key[None, :], wk)
-        wv = tl.where(new_slot[:, None], new_value[None, :], wv)
+        wk, wk_exponent = fetch_rows(window_key, slot, seen & (in_window < position), D, DP, WIDE)
+        wv, wv_exponent = fetch_rows(window_value, slot, seen & (in_window < position), D, DP, WIDE)
     if H > 0:
         counts = seen & (in_window < tl.where(is_active, position - DELAY, S))
         priority = tl.load(window_priority + slot, mask=counts, other=float("-inf"))
         j = tl.arange(0, HT)
         rp = tl.load(retained_priority + j, mask=j < h, other=float("-inf"))
-        rk = load_stream(retained_key, j, j < h, D, DP)
-        rv = load_stream(retained_value, j, j < h, D, DP)
+        rk, rk_exponent = fetch_rows(retained_key, j, j < h, D, DP, WIDE)
+        rv, rv_exponent = fetch_rows(retained_value, j, j < h, D, DP, WIDE)
 
     advance(length + b, position, is_active, G)
 
@@ -289,18 +289,26 @@ def decode_kernel(
     total = tl.zeros((RP,), tl.float32)
     o = tl.zeros((RP, DP), tl.float32)
     if S > 0:
+        sk = numbers(sk, sk_exponent, D, WIDE, OPERAND)
+        sv = numbers(sv, sv_exponent, D, WIDE, OPERAND)
+        sk = tl.where(new_sink[:, None], new_key[None, :], sk)
+        sv = tl.where(new_sink[:, None], new_value[None, :], sv)
         logits = tl.dot(x, tl.trans(sk.to(OPERAND)), input_precision="ieee") * scaling
         logits = tl.where(sink_seen[None, :], logits, float("-inf"))
         top, total, o = add_tile(top, total, o, logits, sv, OPERAND)
-        writes = d < tl.where(position < S, columns, 0)
-        tl.store(sink_key + position * D + d, new_key, mask=writes)
-        tl.store(sink_value + position * D + d, new_value, mask=writes)
+        writes = tl.where(position < S, columns, 0)
+        store_vector(sink_key, position, writes, key_row, key_exponent, D, DP, WIDE)
+        store_vector(sink_value, position, writes, value_row, value_exponent, D, DP, WIDE)
     if W > 0:
+        wk = numbers(wk, wk_exponent, D, WIDE, OPERAND)
+        wv = numbers(wv, wv_exponent, D, WIDE, OPERAND)
+        wk = tl.where(new_slot[:, None], new_key[None, :], wk)
+        wv = tl.where(new_slot[:, None], new_value[None, :], wv)
         logits = tl.dot(x, tl.trans(wk.to(OPERAND)), input_precision="ieee") * scaling
         logits = tl.where(seen[None, :], logits, float("-inf"))
         top, total, o = add_tile(top, total, o, logits, wv, OPERAND)
-        tl.store(window_key + (W + phase) * D + d, new_key, mask=d < columns)
-        tl.store(window_value + (W + phase) * D + d, new_value, mask=d < columns)
+        store_vector(window_key, W + phase, columns, key_row, key_exponent, D, DP, WIDE)
+        store_vector(window_value, W + phase, columns, value_row, value_exponent, D, DP, WIDE)
     if TAIL or (W == 0):
         # On their way while the retained keys are taken.
         stored, mass, mark = load_features(kv_mean, k_sum, k_max, 0, M, MT, D, DP)
@@ -316,13 +324,16 @@ def decode_kernel(
             if H > HT:
                 n = h0 + HT + tl.arange(0, HT)
                 next_rp = tl.load(retained_priority + n, mask=n < h, other=float("-inf"))
-                next_rk = load_stream(retained_key, n, n < h, D, DP)
-                next_rv = load_stream(retained_value, n, n < h, D, DP)
-            logits_h = tl.dot(x, tl.trans(rk.to(OPERAND)), input_precision="ieee") * scaling
+                next_rk, next_rk_exponent = fetch_rows(retained_key, n, n < h, D, DP, WIDE)
+                next_rv, next_rv_exponent = fetch_rows(retained_value, n, n < h, D, DP, WIDE)
+            kept_key = numbers(rk, rk_exponent, D, WIDE, OPERAND)
+            kept_value = numbers(rv, rv_exponent, D, WIDE, OPERAND)
+            logits_h = tl.dot(x, tl.trans(kept_key.to(OPERAND)), input_precision="ieee") * scaling
             logits_h = tl.where((rp > float("-inf"))[None, :], logits_h, float("-inf"))
-            top, total, o = add_tile(top, total, o, logits_h, rv, OPERAND)
+            top, total, o = add_tile(top, total, o, logits_h, kept_value, OPERAND)
             if H > HT:
                 rp, rk, rv = next_rp, next_rk, next_rv
+                rk_exponent, rv_exponent = next_rk_exponent, next_rv_exponent
 
     if W == 0:
         # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
@@ -379,5 +390,5 @@ def decode_kernel(
                 position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
                 retained_key, retained_value, retained_priority,
                 key_weight, key_bias, key_norm_weight, key_norm_bias, foresight, root, h,
-                W, S, H, M, D, DP, EP, POOL, HT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, ROUNDED, FADE, FORESIGHT,
+                W, S, H, M, D, DP, WIDE, WIDEP, EP, POOL, HT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, ROUNDED, FADE, FORESIGHT,
             )  # fmt: skip

@@ -99,6 +99,29 @@ def test_decoding_reads_what_prefill_stored(mode):
         assert torch.equal(getattr(last, name), getattr(whole, name)), name
 
 
+@pytest.mark.parametrize("retained", [6, (0, 6)], ids=str)
+def test_the_fused_kernels_compute_with_what_is_stored(retained):
+    config = config_of((8, 2, retained), kv_dtype="int8")
+    maps = random_feature_map(2, FEATURES, DIM)
+    found = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        xs = [x.requires_grad_() for x in inputs(50, dim=DIM)]
+        first, rest = ([x[:, :, i] for x in xs] for i in (slice(29), slice(29, 50)))
+        o, state = srf_attention(*first, maps, config, output_final_state=True, backend=backend)
+        state = SRFState(*(x.detach() for x in state))
+        last, state = srf_attention(
+            *rest, maps, config, initial_state=state, output_final_state=True, backend=backend
+        )  # fmt: skip
+        o = torch.cat([o, last], 2)
+        found.append((o, state, torch.autograd.grad(o.square().sum(), xs)))
+    (mine, my_state, my_grads), (theirs, state, grads) = found
+    assert_close(mine, theirs, 1e-5, "o")
+    assert_states_close(my_state, state, 1e-5)
+    for name, x, y in zip("qkv", my_grads, grads, strict=True):
+        assert_close(x, y, 1e-5, f"grad {name}")
+
+
 def test_half_the_bytes():
     config = SRFConfig(num_features=16, window=32, sinks=4, retained=120)
     model = SRFState.empty(config, 1, 3, 64, dtype=torch.bfloat16, device="meta")
@@ -115,7 +138,9 @@ def test_refusals():
     config = config_of((32, 4, 8), kv_dtype="int8")
     with pytest.raises(ValueError, match="numbers in groups of 16, but heads have 24"):
         srf_attention(*inputs(40, dim=24), random_feature_map(2, FEATURES, 24), config)
-    _, state = srf_attention(*inputs(40, dim=DIM), random_feature_map(2, FEATURES, DIM), config, output_final_state=True)
+    _, state = srf_attention(
+        *inputs(40, dim=DIM), random_feature_map(2, FEATURES, DIM), config, output_final_state=True
+    )
     with pytest.raises(ValueError, match="initial_state.window_key must be torch.float32"):
         srf_attention(
             *inputs(1, dim=DIM), random_feature_map(2, FEATURES, DIM), config.replace(kv_dtype="model"), initial_state=state

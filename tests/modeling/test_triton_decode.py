@@ -88,6 +88,9 @@ CASES = [
     ((0, 2, 0), {"group": 1, "geometry": "shift"}),
     ((4, 2, (1, 5)), {"kv_heads": 2, "retention_delay": 1}),
     ((4, 0, (20, 0, 3)), {"kv_heads": 3, "retention_delay": 1, "group": 1}),
+    ((4, 2, 5), {"retention_delay": 1, "dim": 48, "kv_dtype": "int8", "kv_heads": 2}),
+    ((4, 0, 0), {"dim": 16, "kv_dtype": "int8", "rows": 1}),
+    ((2, 1, (20, 3)), {"kv_heads": 2, "dim": 32, "kv_dtype": "int8", "retention_delay": 0, "group": 3}),
 ]
 
 
@@ -100,7 +103,7 @@ def test_every_step_equals_the_recurrent_one(mode, sizes) -> None:
         layer.check(*layer.token(), active)
 
 
-@pytest.mark.parametrize(("mode", "sizes"), [CASES[i] for i in (0, 3, 4, 5, 7)], ids=str)
+@pytest.mark.parametrize(("mode", "sizes"), [CASES[i] for i in (0, 3, 4, 5, 7, 9)], ids=str)
 def test_many_rows_are_projected_together_and_served_in_order(mode, sizes, monkeypatch) -> None:
     monkeypatch.setattr(triton_decode, "LINES", 2)
     monkeypatch.setattr(triton_decode, "MANY", 2)
@@ -124,17 +127,19 @@ def test_rows_whose_block_ends_come_first(masked, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "state_dtype", "mode"),
+    ("dtype", "state_dtype", "mode", "kv_dtype"),
     [
-        (torch.bfloat16, "float32", (2, 1, 3)),
-        (torch.float16, "float32", (3, 1, 3)),
-        (torch.float16, "float16", (0, 0, 0)),
-        (torch.bfloat16, "bfloat16", (2, 0, 0)),
-        (torch.float32, "bfloat16", (0, 2, 0)),
+        (torch.bfloat16, "float32", (2, 1, 3), "model"),
+        (torch.float16, "float32", (3, 1, 3), "model"),
+        (torch.float16, "float16", (0, 0, 0), "model"),
+        (torch.bfloat16, "bfloat16", (2, 0, 0), "model"),
+        (torch.float32, "bfloat16", (0, 2, 0), "model"),
+        (torch.bfloat16, "bfloat16", (2, 1, 3), "int8"),
+        (torch.float16, "float32", (3, 1, 3), "int8"),
     ],
 )
-def test_half_precision_of_inputs_and_of_the_state(dtype, state_dtype, mode) -> None:
-    layer = Layer(mode, dtype=dtype, state_dtype=state_dtype, group=3, rows=1)
+def test_half_precision_of_inputs_and_of_the_state(dtype, state_dtype, mode, kv_dtype) -> None:
+    layer = Layer(mode, dtype=dtype, state_dtype=state_dtype, kv_dtype=kv_dtype, group=3, rows=1)
     # Sums agree far better than the inputs' precision, stored values to their roundings: the interpreter's, to
     # bfloat16, are towards zero.
     rounding = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 5e-2}[state_dtype]
@@ -305,6 +310,10 @@ def test_bytes_of_a_step() -> None:
     assert decode_bytes(config, 3, 2, 8, 64, torch.bfloat16) == 3 * (2 * (read + 4 * 40 + 256) + 8 * 2 * 128 + 16)
     uneven = config.with_slots((32, 96))
     assert decode_bytes(uneven, 3, 2, 8, 64, torch.bfloat16) == decode_bytes(config, 3, 2, 8, 64, torch.bfloat16)
+    eight = config.replace(kv_dtype="int8")
+    less = 2 * (128 - 68)  # of a key and its value
+    saved = 3 * 2 * (less * (4 + 48 + 64) + less)
+    assert decode_bytes(config, 3, 2, 8, 64, torch.bfloat16) - decode_bytes(eight, 3, 2, 8, 64, torch.bfloat16) == saved
     pure = SRFConfig(num_features=16, window=0, sinks=0, retained=0, state_dtype="bfloat16")
     one = 2 * (16 * 64 * 2 + 2 * 16 * 4) + 2 * 128
     assert decode_bytes(pure, 1, 1, 1, 64, torch.bfloat16) == one + 2 * 128 + 16
@@ -327,15 +336,30 @@ REAL = [
 ]
 
 
+# Keys and values in eight bits.
+EIGHT = [
+    ((32, 4, 64), 64, 64, 3),
+    ((64, 4, 64), 128, 128, 4),
+    ((16, 4, 128), 96, 32, 8),
+    ((32, 4, (1024, 30)), 64, 16, 3),
+]
+
 REAL_CASES = [(case, dtype) for dtype in (torch.bfloat16, torch.float16) for case in REAL]
 REAL_CASES += [(case, torch.float32) for case in REAL if case[0][0] <= 64]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("case", "dtype"), REAL_CASES, ids=str)
-def test_real_shapes(case, dtype) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype", "kv_dtype"),
+    [(*case, "model") for case in REAL_CASES]
+    + [(case, dtype, "int8") for dtype in triton_decode.DTYPES for case in EIGHT],
+    ids=str,
+)
+def test_real_shapes(case, dtype, kv_dtype) -> None:
     mode, dim, features, group = case
-    layer = Layer(mode, rows=3, kv_heads=2, group=group, dim=dim, features=features, dtype=dtype, device="cuda")
+    layer = Layer(
+        mode, rows=3, kv_heads=2, group=group, dim=dim, features=features, dtype=dtype, device="cuda", kv_dtype=kv_dtype
+    )
     exact = dtype == torch.float32
     for step in range(2 * max(mode[0], 16) + 5):
         active = torch.tensor([True, step % 3 != 1, step % 7 != 2], device="cuda")
@@ -385,9 +409,13 @@ def test_graph_replay_equals_eager_steps(mode) -> None:
 
 
 @pytest.mark.gpu
-def test_repeats_to_the_bit() -> None:
+@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
+def test_repeats_to_the_bit(kv_dtype) -> None:
     """A race between the threads of a program, or between programs, would show."""
-    layer = Layer((4, 2, 16), rows=64, kv_heads=4, group=4, dim=64, features=64, dtype=torch.bfloat16, device="cuda")
+    layer = Layer(
+        (4, 2, 16), rows=64, kv_heads=4, group=4, dim=64, features=64, dtype=torch.bfloat16, device="cuda",
+        kv_dtype=kv_dtype,
+    )  # fmt: skip
     tokens = [layer.token() for _ in range(20)]
     start = SRFState(*(t.clone() for t in layer.mine))
     expected = [layer.fused(*token) for token in tokens]
