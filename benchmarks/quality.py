@@ -15,7 +15,7 @@ does. `tuned: N` does that with the first N tokens, and retrofits and distils wh
 model is then the teacher. Where that leaves no tokens, what is fitted is judged, and nothing trained. `then: {tokens,
 length, learning_rate}` goes on in rows of another length, in a schedule of its own. `recall_share` puts rows among the
 text that ask for what stood far back. `lora: {rank, alpha, targets}` trains adapters alone, which are merged before a
-model is judged.
+model is judged. `fit_length` is that of the rows that fits are made on, where it is not the training's.
 
 What has been found is in RESULTS.json at any time; a run without `trained` was cut off. The last line printed is JSON.
 """
@@ -128,21 +128,32 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
     retrofit(model, SRFConfig(**run["srf"], seed=seed))
     random_features = any(isinstance(x.attn_fn, SRFFeatures) for x in srf_attentions(model))
     # In the order of `calibrate_all`, with rows and settings of each fit's own.
+    trained = blocks.blocks.shape[1]
+    length, ids = run.get("fit_length", trained), blocks.blocks.reshape(-1)
+    blocks = TokenBlocks(ids[: len(ids) // length * length].view(-1, length))
+    weighs = random_features and run.get("weigh") and run["srf"].get("num_features", 64)
+
+    def weigh() -> None:
+        report = calibrate_gain(model, blocks.first(max(1, 4 * trained // length)).batches(1))
+        out["weigh"] = {"before": report.before, "after": report.after}
+
     if run.get("foresight"):
         # Other rows than those trained on first: there is enough text.
         rows_seen = TokenBlocks(blocks.blocks[-run["foresight"]["rows"] :])
-        out["foresight"] = str(
-            calibrate_foresight(model, rows_seen.batches(2), factor=run["foresight"].get("factor", 1.0))
-        )
-    if random_features and run.get("geometry", "preconditioner") != "identity":
-        calibrate(model, blocks.first(8).batches(1), geometry=run.get("geometry", "preconditioner"), max_tokens=None)
+        seen = rows_seen.batches(max(1, 2 * trained // length))
+        out["foresight"] = str(calibrate_foresight(model, seen, factor=run["foresight"].get("factor", 1.0)))
+    geometry = run.get("geometry", "preconditioner")
+    if random_features and geometry != "identity":
+        seen = blocks.first(max(1, 8 * trained // length)).batches(1)
+        calibrate(model, seen, geometry=geometry, max_tokens=None)
+    if weighs:
+        weigh()
     if run.get("spread"):
         spread = run["spread"]
         few = blocks.first(spread["rows"]).batches(1)
         out["slots"] = str(calibrate_slots(model, few, by=spread["by"], shares=spread["shares"]))
-    if random_features and run.get("weigh") and run["srf"].get("num_features", 64):
-        report = calibrate_gain(model, blocks.first(4).batches(2))
-        out["weigh"] = {"before": report.before, "after": report.after}
+        if weighs:
+            weigh()
     if run.get("settle"):
         settle_features(model)
     return model

@@ -170,12 +170,15 @@ def run(settings: DemoSettings, *, quiet: bool = False) -> dict[str, Any]:
         stage.say(str(report))
         if settings.foresee and settings.srf.retained and settings.length > least_row(settings.srf):
             stage.say(str(calibrate_foresight(student, calibration.batches(1), factor=None)))
+        weighs = settings.weigh_tokens and settings.srf.feature_map == "random" and settings.srf.num_features
+        heard = calibration.first(max(1, settings.weigh_tokens // settings.length))
+        if weighs:
+            stage.say(str(calibrate_gain(student, heard.batches(1))))
         if settings.spread_tokens and settings.srf.retained:
             few = calibration.first(max(1, settings.spread_tokens // settings.length))
             stage.say(str(calibrate_slots(student, few.batches(1))))
-        if settings.weigh_tokens and settings.srf.feature_map == "random" and settings.srf.num_features:
-            few = calibration.first(max(1, settings.weigh_tokens // settings.length))
-            stage.say(str(calibrate_gain(student, few.batches(1))))
+            if weighs:
+                stage.say(str(calibrate_gain(student, heard.batches(1))))
         results["config"] = dict(student.config.srf)
     with stage("judge_before"):
         results["perplexity"] = {"teacher": judge(teacher, held_out, ("full",), quiet)}

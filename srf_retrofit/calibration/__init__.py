@@ -1,7 +1,7 @@
 """What a retrofitted model is told by a few thousand tokens before any training, in closed form.
 
-`geometry` of the features, `foresight` of which keys are worth a slot; then `slots` that each layer gets, which looks
-at both; and `gain` of each head's features, which looks at what is left to them. `observation` runs the text.
+`foresight` of which keys are worth a slot, `geometry` of the features, `gain` of each head's features; then `slots`
+that each head gets, which looks at all three, and `gain` once more. `observation` runs the text.
 """
 
 from __future__ import annotations

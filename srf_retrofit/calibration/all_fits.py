@@ -19,7 +19,7 @@ from .slots import SlotsReport, calibrate_slots
 
 @dataclass(frozen=True)
 class Calibrations:
-    """What each fit found, in their order; `None` of those that there was nothing to fit for."""
+    """What each fit found, in their order, the last one of gains; `None` of those that there was nothing to fit for."""
 
     foresight: ForesightReport | None = None
     geometry: CalibrationReport | None = None
@@ -46,10 +46,12 @@ def calibrate_all(
 ) -> Calibrations:
     """Fit all that can be fitted without training: most of what a retrofit loses comes back here.
 
-    Which keys are worth a slot (`calibrate_foresight`), the geometry of the features (`calibrate`), whose slots they
-    are (`calibrate_slots`) and how loud features may be (`calibrate_gain`), each where the model has what it is for:
-    learned maps keep what they are, a form that retains no keys has no slots. Each fit is a pass of the softmax model
-    over the batches, the third with gradients of its activations.
+    Which keys are worth a slot (`calibrate_foresight`), the geometry of the features (`calibrate`), how loud features
+    may be (`calibrate_gain`) and whose slots they are (`calibrate_slots`), each where the model has what it is for:
+    learned maps keep what they are, a form that retains no keys has no slots. Gains are found twice: features at full
+    weight make up a third of what errors cost, and slots would be spread by their noise; but how loud they may be
+    depends on what the slots leave to them. Each fit is a pass of the softmax model over the batches, that of the
+    slots with gradients of its activations.
 
     Parameters
     ----------
@@ -96,9 +98,13 @@ def calibrate_all(
         note("foresight", calibrate_foresight(model, rows))
     if random and geometry is not None:
         note("geometry", calibrate(model, rows, geometry=geometry, max_tokens=None))
-    if spread_tokens and retaining:
+    weighs = bool(random) and weigh and not random[0].is_pure
+    spreads = bool(spread_tokens and retaining)
+    if weighs:
+        note("gains", calibrate_gain(model, rows))
+    if spreads:
         singly = [row for ids in rows for row in ids.split(1)]
         note("slots", calibrate_slots(model, singly[: max(1, spread_tokens // length)], by=spread_by))
-    if random and weigh and not random[0].is_pure:
+    if weighs and spreads:
         note("gains", calibrate_gain(model, rows))
     return Calibrations(**found)

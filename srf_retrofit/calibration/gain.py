@@ -100,7 +100,8 @@ def calibrate_gain(model: nn.Module, batches: Any, *, gains: Sequence[float] = G
     """Choose a log-weight for the features of every key/value head, and write it to the layer's buffers.
 
     The model runs as its own teacher; each head takes the gain with the smallest squared error of its group's outputs
-    against exact attention. Call it after `calibrate`: the geometry decides how noisy a head is.
+    against exact attention. Call it after `calibrate`: the geometry decides how noisy a head is; and again after
+    `calibrate_slots`, which has changed what is left to the features.
 
     Parameters
     ----------

@@ -71,8 +71,9 @@ def calibrate_slots(
     """Spread the slots of all heads by what each loses without them, in place; their total does not grow.
 
     Each gets a quarter to four times the mean of all. Needs the memory of one training step on a row, without
-    gradients of weights. Call it after `calibrate_foresight` and `calibrate`, which decide what slots are filled with
-    and what is left to them, and before `calibrate_gain`. Caches begun before cannot be continued.
+    gradients of weights. Call it after `calibrate_foresight`, `calibrate` and `calibrate_gain`, which decide what slots
+    are filled with and what features make of the rest, and gains once more after it. Caches begun before cannot be
+    continued.
 
     Parameters
     ----------

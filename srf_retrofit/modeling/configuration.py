@@ -125,8 +125,8 @@ class SRFConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.packs_keys and not self.window:
             raise ValueError(
-                "kv_dtype='int8' stores the exact keys of a window in eight bits, and window=0 keeps none: set window, or "
-                "kv_dtype='model'"
+                "kv_dtype='int8' stores the exact keys of a window in eight bits, and window=0 keeps none: set window, "
+                "or kv_dtype='model'"
             )
         if not isinstance(self.forget_gate, bool):
             raise ValueError(f"forget_gate must be True or False, got {self.forget_gate!r}")

@@ -161,7 +161,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     b, heads, _, d = q.shape
     g, m = state.k_sum.shape[1:]
-    w, s = state.window_key.shape[2] // 2, state.sink_key.shape[2]
+    w, s, wide = state.window_key.shape[2] // 2, state.sink_key.shape[2], state.window_key.shape[3]
     out = torch.empty((b, heads, 1, d), dtype=q.dtype, device=q.device)
     if b == 0:
         return out
@@ -175,7 +175,7 @@ def _launch(*arguments: Any) -> torch.Tensor:
         "G": g, "R": heads // g, "RP": _power(heads // g), "D": d, "DP": dp, "M": m,
         "W": w, "WP": _power(2 * w), "EP": _power(w), "S": s, "SP": _power(s),
         "H": h, "HT": min(_power(h), 64) if half else 16, "UNEVEN": maps[9] is not None,
-        "WIDE": state.window_key.shape[-1], "WIDEP": _power(state.window_key.shape[-1]), "POOL": _power(h + w), "DELAY": delay, "FADE": fade,
+        "WIDE": wide, "WIDEP": _power(wide), "POOL": _power(h + w), "DELAY": delay, "FADE": fade,
         "MT": min(_power(m), tile), "NT": min(dp, tile), "FT": min(_power(m), tile, 32),
         "TAIL": use_tail, "PROJECTED": projected, "MASKED": active is not None,
         "QUERY_MATRIX": maps[2] is not None, "QUERY_SHIFT": maps[3] is not None,

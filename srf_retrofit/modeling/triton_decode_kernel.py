@@ -390,5 +390,6 @@ def decode_kernel(
                 position, kv_mean, k_sum, k_max, window_key, window_value, window_priority,
                 retained_key, retained_value, retained_priority,
                 key_weight, key_bias, key_norm_weight, key_norm_bias, foresight, root, h,
-                W, S, H, M, D, DP, WIDE, WIDEP, EP, POOL, HT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, ROUNDED, FADE, FORESIGHT,
+                W, S, H, M, D, DP, WIDE, WIDEP, EP, POOL, HT, FT, FT, KEY_MATRIX, KEY_SHIFT, OPERAND, ROUNDED,
+                FADE, FORESIGHT,
             )  # fmt: skip

@@ -138,13 +138,10 @@ def test_refusals():
     config = config_of((32, 4, 8), kv_dtype="int8")
     with pytest.raises(ValueError, match="numbers in groups of 16, but heads have 24"):
         srf_attention(*inputs(40, dim=24), random_feature_map(2, FEATURES, 24), config)
-    _, state = srf_attention(
-        *inputs(40, dim=DIM), random_feature_map(2, FEATURES, DIM), config, output_final_state=True
-    )
-    with pytest.raises(ValueError, match="initial_state.window_key must be torch.float32"):
-        srf_attention(
-            *inputs(1, dim=DIM), random_feature_map(2, FEATURES, DIM), config.replace(kv_dtype="model"), initial_state=state
-        )  # fmt: skip
+    maps = random_feature_map(2, FEATURES, DIM)
+    _, state = srf_attention(*inputs(40, dim=DIM), maps, config, output_final_state=True)
+    with pytest.raises(ValueError, match=r"initial_state\.window_key must be torch\.float32"):
+        srf_attention(*inputs(1, dim=DIM), maps, config.replace(kv_dtype="model"), initial_state=state)
 
 
 def test_what_was_saved_before_is_as_the_model_computes():
