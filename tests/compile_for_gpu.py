@@ -1,4 +1,4 @@
-"""Compile the kernels for an H100 where there is none, by a program of its own: `python compile_for_gpu.py MODE DTYPE`.
+"""Compile the kernels for an H100 where there is none: a program of its own, `compile_for_gpu.py MODE DTYPE KV_DTYPE`.
 
 Triton's interpreter takes more than its compiler does (a name that is a block on one branch and a number on the other).
 Here calls run on CPU tensors with a driver that names a target and launches nothing; what a call would launch is
@@ -43,7 +43,7 @@ class Nothing:
         return lambda *args, **kwargs: None
 
 
-def main(mode: tuple[int, ...], dtype: torch.dtype) -> None:
+def main(mode: tuple[int, ...], dtype: torch.dtype, kv_dtype: str) -> None:
     compiled: list[str] = []
     failed: dict[str, str] = {}
     run = JITFunction.run
@@ -62,7 +62,7 @@ def main(mode: tuple[int, ...], dtype: torch.dtype) -> None:
     fused_attention.interpreted = lambda: True
     ops.refusal = triton_decode.refusal = lambda *args: None
     d = m = 64
-    config = SRFConfig(num_features=m, window=mode[0], sinks=mode[1], retained=0)
+    config = SRFConfig(num_features=m, window=mode[0], sinks=mode[1], retained=0, kv_dtype=kv_dtype)
     config = config.with_slots(mode[2] if len(mode) == 3 else mode[2:])
     maps = fold(random_feature_map(2, m, d, geometry="preconditioner"), dtype)
     q, k, v = (torch.zeros(2, heads, 80, d, dtype=dtype).requires_grad_() for heads in (4, 2, 2))
@@ -78,4 +78,4 @@ def main(mode: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(tuple(int(x) for x in sys.argv[1].split(",")), getattr(torch, sys.argv[2]))
+    main(tuple(int(x) for x in sys.argv[1].split(",")), getattr(torch, sys.argv[2]), sys.argv[3])

@@ -30,6 +30,7 @@ FLOORS = [
     {"__init__"},
 ]
 MODELING_FLOORS = [
+    {"eight_bits", "triton_eight_bits"},
     {"configuration", "saving", "feature_sums", "operators", "triton_sinks", "forget_gate"},
     {"configuration_hf", "random_features", "feature_map", "state", "softmax_parts"}
     | {"triton_common", "triton_launch"},

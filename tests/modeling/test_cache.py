@@ -16,9 +16,9 @@ from srf_retrofit.modeling.cache import SRFCacheLayer
 from srf_retrofit.modeling.state import SRFState
 
 
-@pytest.fixture
-def model():
-    return retrofit(build_llama(), CONFIG)
+@pytest.fixture(params=["model", "int8"])
+def model(request):
+    return retrofit(build_llama(), CONFIG.replace(kv_dtype=request.param))
 
 
 def pointers(cache) -> list[int]:
@@ -57,7 +57,7 @@ def test_state_is_updated_in_place_and_stays_as_large(model, kind) -> None:
     assert pointers(cache) == at_first
     assert state_bytes(cache) == size
     c = model.config
-    expected = SRFState.empty(CONFIG, 1, c.num_key_value_heads, c.head_dim, dtype=torch.float32).nbytes()
+    expected = SRFState.empty(c.srf_config, 1, c.num_key_value_heads, c.head_dim, dtype=torch.float32).nbytes()
     assert size == c.num_hidden_layers * expected
 
 

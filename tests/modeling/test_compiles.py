@@ -13,15 +13,17 @@ import pytest
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("mode", ["32,4,32", "32,4,16,48", "0,4,0"])
-def test_training_continuing_and_decoding_compile_for_an_h100(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "kv_dtype"), [("32,4,32", "model"), ("32,4,16,48", "model"), ("0,4,0", "model"), ("32,4,16,96", "int8")]
+)
+def test_training_continuing_and_decoding_compile_for_an_h100(mode: str, kv_dtype: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": str(tmp_path),
         "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
     }
     found = subprocess.run(
-        [sys.executable, str(TESTS / "compile_for_gpu.py"), mode, "bfloat16"],
+        [sys.executable, str(TESTS / "compile_for_gpu.py"), mode, "bfloat16", kv_dtype],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]

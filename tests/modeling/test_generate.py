@@ -12,8 +12,10 @@ from srf_retrofit import retrofit
 NEW = 18
 
 
-@pytest.fixture(params=["hybrid state", "pure", "some layers"])
+@pytest.fixture(params=["hybrid state", "eight bits", "pure", "some layers"])
 def model(request):
+    if request.param == "eight bits":
+        return retrofit(build_llama(), CONFIG.replace(kv_dtype="int8"))
     if request.param == "some layers":
         return retrofit(build_llama(), CONFIG, layers=[0, 2])
     return retrofit(build_llama(), PURE if request.param == "pure" else CONFIG)
@@ -112,9 +114,10 @@ def test_embeddings_as_a_prompt(model) -> None:
     assert torch.equal(out, generate(model, inputs)[:, 21:])
 
 
-def test_a_static_cache_is_compiled_as_one_graph() -> None:
+@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
+def test_a_static_cache_is_compiled_as_one_graph(kv_dtype) -> None:
     """One graph for all steps, on the state's own memory."""
-    model = retrofit(build_llama(num_hidden_layers=1), CONFIG)
+    model = retrofit(build_llama(num_hidden_layers=1), CONFIG.replace(kv_dtype=kv_dtype))
     graphs = []
 
     def count(graph, _inputs):
