@@ -122,7 +122,9 @@ class Milestones(TrainerCallback):
         self.log(f"after {tokens:,} tokens", found)
 
 
-def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, out: dict[str, Any]) -> Any:
+def retrofitted(
+    run: dict[str, Any], base: Any, blocks: TokenBlocks, tokenizer: Any, seed: int, out: dict[str, Any]
+) -> Any:
     """A copy of the softmax model in the form that `RUNS.yaml` describes, calibrated; notes go to `out`."""
     model = copy.deepcopy(base)
     retrofit(model, SRFConfig(**run["srf"], seed=seed))
@@ -130,6 +132,7 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
     # In the order of `calibrate_all`, with rows and settings of each fit's own.
     trained = blocks.blocks.shape[1]
     length, ids = run.get("fit_length", trained), blocks.blocks.reshape(-1)
+    filler = TokenBlocks(blocks.blocks[-256:])
     blocks = TokenBlocks(ids[: len(ids) // length * length].view(-1, length))
     weighs = random_features and run.get("weigh") and run["srf"].get("num_features", 64)
 
@@ -150,7 +153,9 @@ def retrofitted(run: dict[str, Any], base: Any, blocks: TokenBlocks, seed: int, 
         weigh()
     if run.get("spread"):
         spread = run["spread"]
-        few = blocks.first(spread["rows"]).batches(1)
+        few = list(blocks.first(spread["rows"]).batches(1))
+        asking = RecallDataset(spread.get("asking", 0), length, tokenizer, filler, seed=seed + 2)
+        few += [asking[i]["input_ids"].unsqueeze(0) for i in range(len(asking))]
         out["slots"] = str(calibrate_slots(model, few, by=spread["by"], shares=spread["shares"]))
         if weighs:
             weigh()
@@ -208,7 +213,7 @@ def one_run(
         blocks, steps = TokenBlocks(blocks.blocks[first * rows :]), steps - first
         out["teacher"] = judge(base, recall=False, tasks=False)
         log(run["name"], "teacher", out["teacher"])
-    model = copy.deepcopy(base) if run.get("softmax") else retrofitted(run, base, blocks, seed, out)
+    model = copy.deepcopy(base) if run.get("softmax") else retrofitted(run, base, blocks, judge.tokenizer, seed, out)
     if run.get("lora"):
         model = with_adapters(model, **run["lora"], seed=seed)
     recall, tasks = run.get("recall", False), run.get("tasks", False)

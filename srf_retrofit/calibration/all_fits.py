@@ -38,9 +38,11 @@ def calibrate_all(
     batches: Any,
     *,
     foresee: bool = True,
+    factor: float | None = 1.0,
     geometry: str | None = DEFAULT_GEOMETRY,
     spread_tokens: int = 16384,
     spread_by: str = "head",
+    spread_also: Any = (),
     weigh: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Calibrations:
@@ -59,12 +61,15 @@ def calibrate_all(
         A retrofitted causal language model.
     batches : iterable of (B, L) int64, or of mappings with `input_ids`
         Whole rows, without padding, as long as the contexts that matter. Some 16 thousand tokens. Kept in memory.
-    foresee : bool
-        Where rows are long enough, see `least_row`.
+    foresee, factor : bool, and float or None
+        Where rows are long enough, see `least_row`; the factor as in `calibrate_foresight`.
     geometry : str, optional
         As in `calibrate`; `None` keeps the one there is.
     spread_tokens, spread_by
         Tokens, of the first rows, that `calibrate_slots` is given, and its `by`; 0 leaves all heads their slots.
+    spread_also : batches, optional
+        Further rows for `calibrate_slots` alone. Rows that ask for what stood far back (`recall_data`) give slots to
+        the heads that look for it, which text alone seldom needs.
     weigh : bool
         Not in the pure form, where a factor on all features cancels.
     say : callable, optional
@@ -95,7 +100,7 @@ def calibrate_all(
         say(str(report))
 
     if foresee and retaining and length > max(map(least_row, retaining)):
-        note("foresight", calibrate_foresight(model, rows))
+        note("foresight", calibrate_foresight(model, rows, factor=factor))
     if random and geometry is not None:
         note("geometry", calibrate(model, rows, geometry=geometry, max_tokens=None))
     weighs = bool(random) and weigh and not random[0].is_pure
@@ -103,8 +108,8 @@ def calibrate_all(
     if weighs:
         note("gains", calibrate_gain(model, rows))
     if spreads:
-        singly = [row for ids in rows for row in ids.split(1)]
-        note("slots", calibrate_slots(model, singly[: max(1, spread_tokens // length)], by=spread_by))
+        singly = [row for ids in rows for row in ids.split(1)][: max(1, spread_tokens // length)]
+        note("slots", calibrate_slots(model, [*singly, *whole_rows(spread_also)], by=spread_by))
     if weighs and spreads:
         note("gains", calibrate_gain(model, rows))
     return Calibrations(**found)

@@ -21,6 +21,13 @@ def power_of_two(exponent):
 
 
 @triton.jit
+def whole_numbers(x):
+    """Int8 as float32, by its bits in the mantissa of `2^23 + 128`: there are few units that convert integers."""
+    bits = ((x.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - 8388736.0
+
+
+@triton.jit
 def fetch_rows(base, row, here, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr):
     """Rows `row` (N,) of stored vectors where `here`, zeros elsewhere: (N, DP), and exponents if they are packed.
 
@@ -43,7 +50,7 @@ def fetch_rows(base, row, here, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.cons
 def numbers(x, exponent, D: tl.constexpr, WIDE: tl.constexpr, OPERAND: tl.constexpr):
     """The vectors (N, DP) that `fetch_rows` has brought; packed ones as `OPERAND`, which holds them exactly."""
     if WIDE > D:
-        groups = tl.reshape(x.to(tl.float32), (x.shape[0], exponent.shape[1], GROUP))
+        groups = tl.reshape(whole_numbers(x), (x.shape[0], exponent.shape[1], GROUP))
         groups = groups * power_of_two(exponent.to(tl.int32))[:, :, None]
         x = tl.reshape(groups, (x.shape[0], x.shape[1])).to(OPERAND)
     return x

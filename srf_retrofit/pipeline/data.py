@@ -85,6 +85,8 @@ class DistillText:
         Rows of attention transfer, then those of the logit stage; where there are no steps, one row that nobody reads.
     calibration : TokenBlocks
         Rows of training text, without boundaries.
+    asking : list of dict
+        Rows that ask for what stood far back, for the slots; as `RecallDataset` makes them.
     held_out : TokenBlocks or None
         None where the evaluation reads no text.
     facts : dict
@@ -93,6 +95,7 @@ class DistillText:
 
     training: Mixture
     calibration: TokenBlocks
+    asking: list[dict[str, torch.Tensor]]
     held_out: TokenBlocks | None
     facts: dict[str, Any]
 
@@ -121,6 +124,7 @@ def prepare(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Di
     calibration = _cross("calibration", some, tokenizer, settings.length, rows)
     sources: list[Any] = list(blocks)
     weights = list(settings.text_weights or [len(block) for block in blocks])
+    prose = calibration
     if settings.recall_share and wanted:
         prose = _cross("filler", some, tokenizer, settings.length, _FILLER_BLOCKS)
         count = math.ceil(wanted * settings.recall_share) + 2
@@ -149,7 +153,9 @@ def prepare(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Di
         "calibration_tokens": calibration.num_tokens,
         "held_out_tokens": judge_on.num_tokens if judge_on else 0,
     }
-    return DistillText(mixture, calibration, judge_on, facts)
+    count = -(-settings.spread_recall_tokens // settings.length)
+    recall = RecallDataset(count, settings.length, tokenizer, prose, seed=settings.seed + 2)
+    return DistillText(mixture, calibration, [recall[i] for i in range(count)], judge_on, facts)
 
 
 def _documents(

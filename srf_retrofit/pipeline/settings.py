@@ -24,8 +24,8 @@ EXACT = "exact"
 _NOT_OF_EVALUATION = ("model", "teacher", "text", "text_field", "all_text", "device", "dtype", "output", "overwrite")
 _LEAST = {
     "length": 2, "tokens": 0, "tokens_per_step": 1, "batch_size": 1, "calibration_tokens": 1, "transfer_tokens": 0,
-    "spread_tokens": 0, "tune_tokens": 0, "lora_rank": 1, "lora_alpha": 1, "chunk_size": 1, "save_every": 0, "seed": 0,
-    "max_epochs": 1, "warmup_steps": 0,
+    "spread_tokens": 0, "spread_recall_tokens": 0, "tune_tokens": 0, "lora_rank": 1, "lora_alpha": 1, "chunk_size": 1,
+    "save_every": 0, "seed": 0, "max_epochs": 1, "warmup_steps": 0,
 }  # fmt: skip
 
 
@@ -70,11 +70,12 @@ class DistillSettings:
         Share of rows that ask for what stood far back (`recall_data`), in [0, 1).
     geometry, calibration_tokens, weigh_features
         See `calibration.calibrate` and `calibration.calibrate_gain`; for random features.
-    foresee : bool
+    foresee, foresight_factor
         Whether slots go by a forecast, see `calibration.foresight`; on the calibration tokens, where rows are
-        long enough.
-    spread_tokens, spread_by
+        long enough. The weight in it of the attention that a key has received.
+    spread_tokens, spread_by, spread_recall_tokens
         Calibration tokens by which slots are spread over heads or layers, see `calibration.slots`; 0: all have as many.
+        And tokens of rows that ask for what stood far back, by which they are spread as well.
     tune_tokens, tune_learning_rate
         Before anything else, next-token training of the softmax model on the text: it is then the teacher, and knows
         what the student is taught on. 0 tokens leave it out.
@@ -148,8 +149,10 @@ class DistillSettings:
     calibration_tokens: int = 16384
     weigh_features: bool = True
     foresee: bool = True
+    foresight_factor: float | None = 1.0
     spread_tokens: int = 0
     spread_by: str = "head"
+    spread_recall_tokens: int = 0
     tune_tokens: int = 0
     tune_learning_rate: float = 1e-4
     transfer_tokens: int = 0
@@ -212,6 +215,12 @@ class DistillSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        if self.foresight_factor is not None and not 0 <= self.foresight_factor <= 2:
+            raise ValueError(f"foresight_factor must be in [0, 2], got {self.foresight_factor}")
+        if self.spread_recall_tokens and not self.spread_tokens:
+            raise ValueError(
+                f"spread_recall_tokens={self.spread_recall_tokens} are beside spread_tokens=0: set both, or neither"
+            )
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm must be >= 0 (0: gradients are not clipped), got {self.max_grad_norm}")
         self._check_sizes()
@@ -241,10 +250,10 @@ class DistillSettings:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is less than one step of tokens_per_step={self.tokens_per_step}"
                 )
-        if self.recall_share and self.length < RECALL_LENGTH:
-            raise ValueError(
-                f"recall_share={self.recall_share} needs rows of length >= {RECALL_LENGTH}, got {self.length}"
-            )
+        for name in ("recall_share", "spread_recall_tokens"):
+            value = getattr(self, name)
+            if value and self.length < RECALL_LENGTH:
+                raise ValueError(f"{name}={value} needs rows of length >= {RECALL_LENGTH}, got {self.length}")
         if self.text == ():
             raise ValueError("text is an empty list: name at least one source, or leave it out")
         if self.text_weights is not None and len(self.text_weights) != len(self.sources):

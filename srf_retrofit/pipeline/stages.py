@@ -119,8 +119,9 @@ def run_retrofit(work: Work, number: int) -> dict[str, Any]:
         result["plan"] = found.to_dict()
         rows = list(work.text.calibration.batches(s.batch_size))
         fits = calibrate_all(
-            student, rows, foresee=s.foresee, geometry=s.geometry, spread_tokens=s.spread_tokens,
-            spread_by=s.spread_by, weigh=s.weigh_features, say=work.say,
+            student, rows, foresee=s.foresee, factor=s.foresight_factor, geometry=s.geometry,
+            spread_tokens=s.spread_tokens, spread_by=s.spread_by, spread_also=work.text.asking,
+            weigh=s.weigh_features, say=work.say,
         )  # fmt: skip
         named = {"foresight": fits.foresight, "calibration": fits.geometry, "slots": fits.slots}
         result |= {name: str(report) for name, report in named.items() if report is not None}

@@ -42,6 +42,17 @@ def test_it_is_the_single_fits_in_their_order(blocks) -> None:
         assert torch.equal(mine, theirs), name
 
 
+def test_further_rows_are_for_the_slots_alone(blocks) -> None:
+    few = {"foresee": False, "geometry": None, "weigh": False, "spread_tokens": 2 * blocks.blocks.shape[1]}
+    alone, beside, whole = (retrofit(build(), CONFIG) for _ in range(3))
+    first, rest = blocks.blocks[:2], blocks.blocks[2:5]
+    a = calibrate_all(alone, [first], **few)
+    b = calibrate_all(beside, [first], spread_also=[{"input_ids": rest}], **few)
+    c = calibrate_slots(whole, [first, rest])
+    assert (a.slots.tokens, b.slots.tokens) == (2 * blocks.blocks.shape[1], 5 * blocks.blocks.shape[1])
+    assert b.slots.cost == c.cost != a.slots.cost
+
+
 def test_what_there_is_nothing_for_is_left_out(blocks) -> None:
     fits = calibrate_all(retrofit(build(), PURE), blocks.batches(4))
     assert (fits.foresight, fits.slots, fits.gains) == (None, None, None)

@@ -192,8 +192,9 @@ def test_without_a_device_the_reason_is_the_device(monkeypatch):
     assert "need a CUDA device" in reason
 
 
-def test_a_compiled_graph_holds_the_kernels_as_one_operator():
-    config, maps = config_of(8, 2, 3), fold(random_feature_map(1, 16, 16).to(DEVICE))
+@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
+def test_a_compiled_graph_holds_the_kernels_as_one_operator(kv_dtype):
+    config, maps = config_of(8, 2, 3, kv_dtype=kv_dtype), fold(random_feature_map(1, 16, 16).to(DEVICE))
     xs = tensors(20)
 
     @torch.compile(fullgraph=True, backend="aot_eager")

@@ -144,9 +144,11 @@ def test_repeats_are_equal_to_the_bit(mode):
         torch.full((2**24,), float("nan"), device=DEVICE)
 
 
-@pytest.mark.parametrize("mode", [(64, 4, 64), (0, 0, 0)], ids=str)
-def test_inductor_compiles_training_into_one_graph(mode):
-    config = config_of(*mode, features=64)
+@pytest.mark.parametrize(
+    ("mode", "kv_dtype"), [((64, 4, 64), "model"), ((64, 4, 64), "int8"), ((0, 0, 0), "model")], ids=str
+)
+def test_inductor_compiles_training_into_one_graph(mode, kv_dtype):
+    config = config_of(*mode, features=64, kv_dtype=kv_dtype)
     maps = fold(random_feature_map(2, 64, 64).to(DEVICE), torch.bfloat16)
     x = torch.randn(2, 300, 256, device=DEVICE).bfloat16()
     start = [torch.randn(256, n * 64, device=DEVICE).div_(16).bfloat16() for n in (6, 2, 2)]
@@ -165,9 +167,11 @@ def test_inductor_compiles_training_into_one_graph(mode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", [(32, 4, 64), (0, 0, 0)], ids=str)
-def test_inductor_compiles_a_decoding_step_into_one_graph(mode):
-    config = config_of(*mode, features=64)
+@pytest.mark.parametrize(
+    ("mode", "kv_dtype"), [((32, 4, 64), "model"), ((32, 4, 64), "int8"), ((0, 0, 0), "model")], ids=str
+)
+def test_inductor_compiles_a_decoding_step_into_one_graph(mode, kv_dtype):
+    config = config_of(*mode, features=64, kv_dtype=kv_dtype)
     maps = fold(random_feature_map(2, 64, 64).to(DEVICE), torch.bfloat16)
     shape = {**SHAPE, "batch": 3, "dtype": torch.bfloat16}
     _, state = srf_attention(*tensors(77, **shape), maps, config, output_final_state=True, backend="triton")

@@ -31,6 +31,35 @@ def test_slots_are_foreseen_where_rows_are_long_enough(tmp_path) -> None:
         assert ("foresight" in results["retrofit"]) == (name == "long")
 
 
+def test_slots_are_spread_by_rows_that_ask_as_well(tmp_path) -> None:
+    text = write_text(tmp_path)
+    found = []
+    for asking in (0, 384):
+        settings = small(
+            tmp_path / f"{asking}", text, srf=CONFIG.replace(retained=8), spread_tokens=256,
+            spread_recall_tokens=asking,
+            tokens=0, length=192, tokens_per_step=192, batch_size=1, foresight_factor=0.5,
+        )  # fmt: skip
+        model, results = distill_model(byte_llama(), byte_tokenizer(), settings, progress=False)
+        found.append(results["retrofit"]["slots"])
+        assert all((layer.attn_fn.foresight[:, 0] == 0.5).all() for layer in srf_attentions(model))
+    assert "by 192 tokens" in found[0]
+    assert "by 576 tokens" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"foresight_factor": 2.5}, r"foresight_factor must be in \[0, 2\], got 2.5"),
+        ({"spread_recall_tokens": 64}, "spread_recall_tokens=64 are beside spread_tokens=0"),
+        ({"spread_recall_tokens": 64, "spread_tokens": 64, "length": 64}, "needs rows of length >= 192, got 64"),
+    ],
+)
+def test_what_fits_refuse(tmp_path, wrong, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path / "out", "text.txt", **({"length": 192, "tokens_per_step": 192, "batch_size": 1} | wrong))
+
+
 @pytest.mark.parametrize("by", ["head", "layer"])
 def test_slots_are_spread(tmp_path, by) -> None:
     text = write_text(tmp_path)
