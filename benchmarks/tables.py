@@ -210,17 +210,18 @@ def shown(tuned: bool) -> list[tuple[str, Runs]]:
     return [softmax, *found] if tuned and softmax else found
 
 
-# What README.md shows of the tuned ones: all tokens for tuning, or most for distillation, at three sizes; what they are
-# compared with; and what a tail is worth.
+# What README.md shows of the tuned ones: all tokens for tuning, with keys in eight bits and without, or most for
+# distillation; what they are compared with; and what a tail is worth.
 HEADLINE = (
     "softmax, tuned all the way",
+    "tuned on 10M, hybrid in eight bits, fitted only",
+    "tuned on 10M, hybrid in eight bits, 400 tokens of state, fitted only",
+    "tuned on 10M, hybrid, fits on 4k, fitted only",
     "tuned on 9M, hybrid, 400 tokens of state, slots by head",
     "tuned on 10M, hybrid, 280 tokens of state, slots by head, fitted only",
     "tuned on 10M, hybrid, slots by head, fitted only",
     "tuned first, hybrid, 400 tokens of state, slots by head",
-    "tuned first, hybrid, 280 tokens of state, slots by head",
     "tuned first, hybrid, slots by head",
-    "tuned first, hybrid, slots by head, 5e-5",
     "tuned first, window + retained, slots by head",
     "tuned first, window, 18M",
     "tuned first, window + Hedgehog (LoLCATs), 18M",

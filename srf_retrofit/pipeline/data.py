@@ -120,8 +120,8 @@ def prepare(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Di
     limit = max(1, wanted)
     blocks = [_pack(source, documents, settings, tokenizer, limit) for source, documents in training.items()]
     some = next(iter(training.values()))
-    rows = max(1, settings.calibration_tokens // settings.length)
-    calibration = _cross("calibration", some, tokenizer, settings.length, rows)
+    length = settings.calibration_length or settings.length
+    calibration = _cross("calibration", some, tokenizer, length, max(1, settings.calibration_tokens // length))
     sources: list[Any] = list(blocks)
     weights = list(settings.text_weights or [len(block) for block in blocks])
     prose = calibration
@@ -153,8 +153,8 @@ def prepare(settings: DistillSettings, tokenizer: PreTrainedTokenizerBase) -> Di
         "calibration_tokens": calibration.num_tokens,
         "held_out_tokens": judge_on.num_tokens if judge_on else 0,
     }
-    count = -(-settings.spread_recall_tokens // settings.length)
-    recall = RecallDataset(count, settings.length, tokenizer, prose, seed=settings.seed + 2)
+    count = -(-settings.spread_recall_tokens // length)
+    recall = RecallDataset(count, length, tokenizer, prose, seed=settings.seed + 2)
     return DistillText(mixture, calibration, [recall[i] for i in range(count)], judge_on, facts)
 
 

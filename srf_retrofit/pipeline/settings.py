@@ -23,9 +23,9 @@ EXACT = "exact"
 # Fields of the evaluation's own settings that a distillation decides itself.
 _NOT_OF_EVALUATION = ("model", "teacher", "text", "text_field", "all_text", "device", "dtype", "output", "overwrite")
 _LEAST = {
-    "length": 2, "tokens": 0, "tokens_per_step": 1, "batch_size": 1, "calibration_tokens": 1, "transfer_tokens": 0,
-    "spread_tokens": 0, "spread_recall_tokens": 0, "tune_tokens": 0, "lora_rank": 1, "lora_alpha": 1, "chunk_size": 1,
-    "save_every": 0, "seed": 0, "max_epochs": 1, "warmup_steps": 0,
+    "length": 2, "tokens": 0, "tokens_per_step": 1, "batch_size": 1, "calibration_tokens": 1, "calibration_length": 2,
+    "transfer_tokens": 0, "spread_tokens": 0, "spread_recall_tokens": 0, "tune_tokens": 0, "lora_rank": 1,
+    "lora_alpha": 1, "chunk_size": 1, "save_every": 0, "seed": 0, "max_epochs": 1, "warmup_steps": 0,
 }  # fmt: skip
 
 
@@ -68,8 +68,9 @@ class DistillSettings:
         See `data.pack`.
     recall_share : float
         Share of rows that ask for what stood far back (`recall_data`), in [0, 1).
-    geometry, calibration_tokens, weigh_features
-        See `calibration.calibrate` and `calibration.calibrate_gain`; for random features.
+    geometry, calibration_tokens, calibration_length, weigh_features
+        See `calibration.calibrate` and `calibration.calibrate_gain`; for random features. All fits are made on rows of
+        that length, by default those of the training.
     foresee, foresight_factor
         Whether slots go by a forecast, see `calibration.foresight`; on the calibration tokens, where rows are
         long enough. The weight in it of the attention that a key has received.
@@ -147,6 +148,7 @@ class DistillSettings:
     recall_share: float = 0.0
     geometry: str = DEFAULT_GEOMETRY
     calibration_tokens: int = 16384
+    calibration_length: int | None = None
     weigh_features: bool = True
     foresee: bool = True
     foresight_factor: float | None = 1.0
@@ -250,10 +252,11 @@ class DistillSettings:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is less than one step of tokens_per_step={self.tokens_per_step}"
                 )
-        for name in ("recall_share", "spread_recall_tokens"):
+        fitted_on = self.calibration_length or self.length
+        for name, length in (("recall_share", self.length), ("spread_recall_tokens", fitted_on)):
             value = getattr(self, name)
-            if value and self.length < RECALL_LENGTH:
-                raise ValueError(f"{name}={value} needs rows of length >= {RECALL_LENGTH}, got {self.length}")
+            if value and length < RECALL_LENGTH:
+                raise ValueError(f"{name}={value} needs rows of length >= {RECALL_LENGTH}, got {length}")
         if self.text == ():
             raise ValueError("text is an empty list: name at least one source, or leave it out")
         if self.text_weights is not None and len(self.text_weights) != len(self.sources):

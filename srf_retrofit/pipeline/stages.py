@@ -117,7 +117,8 @@ def run_retrofit(work: Work, number: int) -> dict[str, Any]:
         found = plan_retrofit(student, s.srf)
         retrofit(student, s.srf)
         result["plan"] = found.to_dict()
-        rows = list(work.text.calibration.batches(s.batch_size))
+        length = s.calibration_length or s.length
+        rows = list(work.text.calibration.batches(max(1, s.batch_size * s.length // length)))
         fits = calibrate_all(
             student, rows, foresee=s.foresee, factor=s.foresight_factor, geometry=s.geometry,
             spread_tokens=s.spread_tokens, spread_by=s.spread_by, spread_also=work.text.asking,

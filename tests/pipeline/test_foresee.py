@@ -38,7 +38,8 @@ def test_slots_are_spread_by_rows_that_ask_as_well(tmp_path) -> None:
         settings = small(
             tmp_path / f"{asking}", text, srf=CONFIG.replace(retained=8), spread_tokens=256,
             spread_recall_tokens=asking,
-            tokens=0, length=192, tokens_per_step=192, batch_size=1, foresight_factor=0.5,
+            tokens=0, tune_tokens=192, length=96, tokens_per_step=192, batch_size=2, foresight_factor=0.5,
+            calibration_length=192,
         )  # fmt: skip
         model, results = distill_model(byte_llama(), byte_tokenizer(), settings, progress=False)
         found.append(results["retrofit"]["slots"])
