@@ -10,11 +10,11 @@ import torch
 
 from .chunked import take_keys
 from .configuration import SRFConfig
-from .eight_bits import as_numbers, pack
+from .eight_bits import as_numbers, pack, unpack
 from .feature_map import FoldedMap, beside_exact_keys, log_features
 from .feature_sums import LOG_ZERO, accumulate_features
 from .retention import forecast, priority_level, rank_and_evict, round_priority
-from .state import SRFState
+from .state import EXACT, SRFState
 
 
 def attend_token(
@@ -55,43 +55,49 @@ def attend_token(
     qh = q.view(b, g, heads // g, d).to(dtype)
     is_sink = active & (position < s)
 
-    logits, values = [], []
-    uneven: torch.Tensor | None = None
+    # As they are stored.
+    rows_k, rows_v = pack(torch.stack([k, v])) if config.packs_keys else (k, v)
     if s:
         here = (torch.arange(s, device=q.device) == position.unsqueeze(-1)) & is_sink.unsqueeze(-1)
-        state = _write(state, "sink_key", here, k)
-        state = _write(state, "sink_value", here, v)
-        sinks = torch.matmul(qh, as_numbers(state.sink_key, dtype).mT) * scaling
-        visible = torch.arange(s, device=q.device) <= position.unsqueeze(-1)
-        logits.append(sinks.masked_fill(~visible[:, None, None], float("-inf")))
-        values.append(as_numbers(state.sink_value, dtype))
+        state = _write(state, "sink_key", here, rows_k)
+        state = _write(state, "sink_value", here, rows_v)
     if w:
         phase = position % w
         slot = torch.arange(2 * w, device=q.device)
         here = (slot == (w + phase).unsqueeze(-1)) & active.unsqueeze(-1)
-        state = _write(state, "window_key", here, k)
-        state = _write(state, "window_value", here, v)
+        state = _write(state, "window_key", here, rows_k)
+        state = _write(state, "window_value", here, rows_v)
+    exact = _exact_numbers(state, dtype)
+
+    logits, values = [], []
+    uneven: torch.Tensor | None = None
+    if s:
+        sinks = torch.matmul(qh, exact.sink_key.mT) * scaling
+        visible = torch.arange(s, device=q.device) <= position.unsqueeze(-1)
+        logits.append(sinks.masked_fill(~visible[:, None, None], float("-inf")))
+        values.append(exact.sink_value)
+    if w:
         in_window = (position - phase - w).unsqueeze(-1) + slot  # position of each slot
         visible = (in_window >= s) & (in_window <= position.unsqueeze(-1))
-        window = torch.matmul(qh, as_numbers(state.window_key, dtype).mT) * scaling
+        window = torch.matmul(qh, exact.window_key.mT) * scaling
         logits.append(window.masked_fill(~visible[:, None, None], float("-inf")))
-        values.append(as_numbers(state.window_value, dtype))
+        values.append(exact.window_value)
     if h:
         with torch.no_grad():
-            exact = torch.cat(logits, -1)
-            lse = exact.logsumexp(-1, keepdim=True)
-            received = round_priority(torch.exp(exact[..., s:] - lse).amax(2)).to(dtype)  # (B, G, 2w)
+            near = torch.cat(logits, -1)
+            lse = near.logsumexp(-1, keepdim=True)
+            received = round_priority(torch.exp(near[..., s:] - lse).amax(2)).to(dtype)  # (B, G, 2w)
             counts = visible & (position.unsqueeze(-1) - in_window > min(config.retention_delay, w // 2))
             counts = counts & active.unsqueeze(-1)
             received = received.masked_fill(~counts.unsqueeze(1), float("-inf"))
             state = state._replace(window_priority=torch.maximum(state.window_priority, received))
         if config.head_retained is None:
-            key, value = (as_numbers(x, dtype).unflatten(1, (g, h)) for x in (state.retained_key, state.retained_value))
+            key, value = (x.unflatten(1, (g, h)) for x in (exact.retained_key, exact.retained_value))
             empty = (state.retained_priority == float("-inf")).view(b, g, 1, h)
             logits.append((torch.matmul(qh, key.mT) * scaling).masked_fill(empty, float("-inf")))
             values.append(value)
         else:
-            uneven = _slot_logits(qh, state, config.slots(g), scaling)
+            uneven = _slot_logits(qh, exact.retained_key, state.retained_priority, config.slots(g), scaling)
     if not w:
         # The pure form: the token's own key is a feature key before its query reads (unless it is a sink).
         state = _fold(state, k, v, (active & ~is_sink)[:, None, None].expand(b, g, 1), maps, config, scaling)
@@ -109,7 +115,7 @@ def attend_token(
         o = torch.matmul(torch.cat(logits, -1).softmax(-1), torch.cat(values, 2))
     else:
         weight, to_slots = torch.cat([*logits, uneven], -1).softmax(-1).tensor_split([-h], -1)
-        o = torch.matmul(weight, torch.cat(values, 2)) + _slot_values(to_slots, state, config.slots(g))
+        o = torch.matmul(weight, torch.cat(values, 2)) + _slot_values(to_slots, exact.retained_value, config.slots(g))
     o = o.view(b, heads, 1, d)
 
     state = state._replace(length=position + active)
@@ -121,35 +127,45 @@ def attend_token(
     return o, state
 
 
-def _slot_logits(q: torch.Tensor, state: SRFState, slots: tuple[int, ...], scaling: float) -> torch.Tensor:
-    """Logits (B, G, R, h) of q (B, G, R, D) over retained keys, of which heads have different numbers.
+def _exact_numbers(state: SRFState, dtype: torch.dtype) -> SRFState:
+    """The state with all exact keys and values in `dtype`; packed ones are unpacked together."""
+    stored = [getattr(state, name) for name in EXACT]
+    if stored[0].dtype != torch.int8:
+        return state.unpacked(dtype)
+    rows = [x.flatten(1, -2) for x in stored]
+    numbers = unpack(torch.cat(rows, 1), dtype)
+    shapes = ((*x.shape[:-1], numbers.shape[-1]) for x in stored)
+    pieces = numbers.split([x.shape[1] for x in rows], 1)
+    return state._replace(**{n: x.reshape(shape) for n, x, shape in zip(EXACT, pieces, shapes, strict=True)})
+
+
+def _slot_logits(
+    q: torch.Tensor, key: torch.Tensor, priority: torch.Tensor, slots: tuple[int, ...], scaling: float
+) -> torch.Tensor:
+    """Logits (B, G, R, h) of q (B, G, R, D) over retained keys (B, H, D), of which heads have different numbers.
 
     Padded to the most of any; to pad the keys themselves would copy all of them at every token.
     """
     scaled = q * scaling
-    hidden = torch.zeros_like(state.retained_priority).masked_fill_(
-        state.retained_priority == float("-inf"), float("-inf")
-    )
+    hidden = torch.zeros_like(priority).masked_fill_(priority == float("-inf"), float("-inf"))
     logits = q.new_full((*q.shape[:3], max(slots)), float("-inf"))
-    parts = zip(state.retained_key.split(slots, 1), hidden.split(slots, 1), slots, strict=True)
-    for head, (key, bias, n) in enumerate(parts):
-        logits[:, head, :, :n] = torch.baddbmm(bias.unsqueeze(1), scaled[:, head], as_numbers(key, q.dtype).mT)
+    parts = zip(key.split(slots, 1), hidden.split(slots, 1), slots, strict=True)
+    for head, (mine, bias, n) in enumerate(parts):
+        logits[:, head, :, :n] = torch.baddbmm(bias.unsqueeze(1), scaled[:, head], mine.mT)
     return logits
 
 
-def _slot_values(weight: torch.Tensor, state: SRFState, slots: tuple[int, ...]) -> torch.Tensor:
-    """Retained values in weights (B, G, R, h), as `_slot_logits` has them: (B, G, R, D)."""
-    out = weight.new_empty(*weight.shape[:3], state.kv_mean.shape[-1])
-    for head, (value, n) in enumerate(zip(state.retained_value.split(slots, 1), slots, strict=True)):
-        out[:, head] = torch.matmul(weight[:, head, :, :n], as_numbers(value, weight.dtype))
+def _slot_values(weight: torch.Tensor, value: torch.Tensor, slots: tuple[int, ...]) -> torch.Tensor:
+    """Retained values (B, H, D) in weights (B, G, R, h), as `_slot_logits` has them: (B, G, R, D)."""
+    out = weight.new_empty(*weight.shape[:3], value.shape[-1])
+    for head, (mine, n) in enumerate(zip(value.split(slots, 1), slots, strict=True)):
+        out[:, head] = torch.matmul(weight[:, head, :, :n], mine)
     return out
 
 
 def _write(state: SRFState, name: str, here: torch.Tensor, x: torch.Tensor) -> SRFState:
     """`x` (B, G, 1, D) into the slots `here` (B, E) of the state's tensor `name` (B, G, E, D)."""
-    before = getattr(state, name)
-    x = pack(x) if before.dtype == torch.int8 else x
-    return state._replace(**{name: torch.where(here[:, None, :, None], x, before)})
+    return state._replace(**{name: torch.where(here[:, None, :, None], x, getattr(state, name))})
 
 
 def _fold(
