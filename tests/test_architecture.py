@@ -30,8 +30,8 @@ FLOORS = [
     {"__init__"},
 ]
 MODELING_FLOORS = [
-    {"eight_bits", "triton_eight_bits"},
-    {"configuration", "saving", "feature_sums", "operators", "triton_sinks", "forget_gate"},
+    {"eight_bits"},
+    {"configuration", "saving", "triton_eight_bits", "feature_sums", "operators", "triton_sinks", "forget_gate"},
     {"configuration_hf", "random_features", "feature_map", "state", "softmax_parts"}
     | {"triton_common", "triton_launch"},
     {"retention", "block_tables", "triton_pure", "triton_retain", "triton_sums", "triton_decode_fold"},

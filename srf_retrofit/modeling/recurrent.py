@@ -10,11 +10,11 @@ import torch
 
 from .chunked import take_keys
 from .configuration import SRFConfig
-from .eight_bits import as_numbers, pack, unpack
+from .eight_bits import as_numbers, pack
 from .feature_map import FoldedMap, beside_exact_keys, log_features
 from .feature_sums import LOG_ZERO, accumulate_features
 from .retention import forecast, priority_level, rank_and_evict, round_priority
-from .state import EXACT, SRFState
+from .state import SRFState
 
 
 def attend_token(
@@ -67,7 +67,7 @@ def attend_token(
         here = (slot == (w + phase).unsqueeze(-1)) & active.unsqueeze(-1)
         state = _write(state, "window_key", here, rows_k)
         state = _write(state, "window_value", here, rows_v)
-    exact = _exact_numbers(state, dtype)
+    exact = state.unpacked(dtype)
 
     logits, values = [], []
     uneven: torch.Tensor | None = None
@@ -125,18 +125,6 @@ def attend_token(
         if torch.compiler.is_compiling() or bool(full.any()):
             state = _finish_block(state, full, maps, config, scaling)
     return o, state
-
-
-def _exact_numbers(state: SRFState, dtype: torch.dtype) -> SRFState:
-    """The state with all exact keys and values in `dtype`; packed ones are unpacked together."""
-    stored = [getattr(state, name) for name in EXACT]
-    if stored[0].dtype != torch.int8:
-        return state.unpacked(dtype)
-    rows = [x.flatten(1, -2) for x in stored]
-    numbers = unpack(torch.cat(rows, 1), dtype)
-    shapes = ((*x.shape[:-1], numbers.shape[-1]) for x in stored)
-    pieces = numbers.split([x.shape[1] for x in rows], 1)
-    return state._replace(**{n: x.reshape(shape) for n, x, shape in zip(EXACT, pieces, shapes, strict=True)})
 
 
 def _slot_logits(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .configuration import SRFConfig
-from .eight_bits import as_numbers, pack, row_width
+from .eight_bits import pack, row_width, unpack
 
 _PARTS = ("key", "value")
 # Tensors of exact keys and values.
@@ -97,8 +97,14 @@ class SRFState(NamedTuple):
         }
 
     def unpacked(self, dtype: torch.dtype) -> SRFState:
-        """With exact keys and values in `dtype`, however they are stored."""
-        return self._replace(**{name: as_numbers(getattr(self, name), dtype) for name in EXACT})
+        """With exact keys and values in `dtype`, however they are stored; packed ones are unpacked together."""
+        stored = [getattr(self, name) for name in EXACT]
+        if self.window_key.dtype != torch.int8:
+            return self._replace(**{name: x.to(dtype) for name, x in zip(EXACT, stored, strict=True)})
+        rows = [x.flatten(1, -2) for x in stored]
+        numbers = unpack(torch.cat(rows, 1), dtype)
+        pieces = zip(EXACT, numbers.split([x.shape[1] for x in rows], 1), stored, strict=True)
+        return self._replace(**{name: x.reshape(*old.shape[:-1], x.shape[-1]) for name, x, old in pieces})
 
     def packed(self) -> SRFState:
         """With exact keys and values in eight bits, without loss if they have been rounded to them."""

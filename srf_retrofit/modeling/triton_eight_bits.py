@@ -11,7 +11,14 @@ try:
 except ImportError:  # see triton_decode_fold
     raise
 
-GROUP = tl.constexpr(16)
+from .eight_bits import GROUP as NUMBERS_OF_A_GROUP
+from .eight_bits import LEAST_EXPONENT, MOST_EXPONENT
+
+GROUP = tl.constexpr(NUMBERS_OF_A_GROUP)
+LEAST = tl.constexpr(LEAST_EXPONENT)
+MOST = tl.constexpr(MOST_EXPONENT)
+# Below, everything is rounded to nothing.
+NOTHING = tl.constexpr(2.0 ** (LEAST_EXPONENT - 1))
 
 
 @triton.jit
@@ -72,8 +79,8 @@ def round_vector(x, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr):
         groups = tl.reshape(x.to(tl.float32), (DP // GROUP, GROUP))
         largest = tl.max(tl.abs(groups), 1)
         exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 133
-        exponent = tl.minimum(tl.maximum(exponent, -24), 120)
-        exponent = tl.where(largest < 2.0**-25, 0, exponent)
+        exponent = tl.minimum(tl.maximum(exponent, LEAST), MOST)
+        exponent = tl.where(largest < NOTHING, 0, exponent)
         groups = tl.floor(groups * power_of_two(-exponent)[:, None] + 0.5)
         groups = tl.minimum(tl.maximum(groups, -127.0), 127.0)
         mantissa = tl.reshape(groups, (DP,)).to(tl.int8)
